@@ -1,0 +1,1 @@
+"""Streams of sequences in the one form that the trainer knows: `Chunk`."""
