@@ -41,7 +41,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return bool((a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()))
     if isinstance(a, float):
-        return a.hex() == b.hex()
+        return bool(a.hex() == b.hex())
     return bool(a == b)
 
 
