@@ -1,0 +1,284 @@
+"""The recurrent actor-critic as a Stable-Baselines3 policy.
+
+Shapes: T time steps, B environments, F features, H units, P parameters of the action
+distribution. The recurrent state of actor and critic is one tensor [S, B, H], actor
+first; this file alone splits it.
+"""
+
+import math
+from typing import Any, Never
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from jaxtyping import Bool, Float, Shaped
+from numpy.typing import NDArray
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    FlattenExtractor,
+    create_mlp,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import Tensor, nn
+
+from rlrnn import seeding
+from rlrnn.agents.distributions import Gaussian, distribution_for
+from rlrnn.recurrent import Cell, Recurrent
+
+
+class RecurrentPolicy(BasePolicy):
+    """Features → actor and critic, each a `Recurrent`, a small MLP and a linear head.
+
+    Names and defaults are those of sb3-contrib's `MlpLstmPolicy`; `cell`,
+    `initial_logits` and `seed` are ours.
+
+    - `net_arch`: layers after the recurrent ones, `dict(pi=[64, 64], vf=[64, 64])`; a
+      list stands for both.
+    - `shared_lstm`: the critic reads the actor's output, and sends no gradient into it.
+    - `enable_critic_lstm`: the critic has a recurrent network of its own. With neither,
+      a linear layer takes its place, and the critic has no memory.
+    - `log_std_init`: of the actions of a `Box`; one learned number per coordinate.
+    - `optimizer_kwargs`: for `torch.optim.Adam`; eps is 1e-5 unless given.
+    - `initial_logits`: what the action head says before any training, whatever it sees:
+      its bias is set to them (means, for a `Box`) and its weights to zero.
+    - `seed`: of the initial weights, and of the actions that `predict` draws.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        activation_fn: type[nn.Module] = nn.Tanh,
+        ortho_init: bool = True,
+        log_std_init: float = 0.0,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        lstm_hidden_size: int = 256,
+        n_lstm_layers: int = 1,
+        shared_lstm: bool = False,
+        enable_critic_lstm: bool = True,
+        cell: Cell = "lstm",
+        initial_logits: list[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if shared_lstm and enable_critic_lstm:
+            raise ValueError(
+                "shared_lstm and enable_critic_lstm are both True: expected at most "
+                "one; pass enable_critic_lstm=False to share"
+            )
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+        )
+        self.distribution = distribution_for(action_space)
+        self.shared_lstm = shared_lstm
+        if net_arch is None:
+            net_arch = {"pi": [64, 64], "vf": [64, 64]}
+        if isinstance(net_arch, list):
+            net_arch = {"pi": net_arch, "vf": net_arch}
+        if extra := net_arch.keys() - {"pi", "vf"}:
+            raise ValueError(f"net_arch has {sorted(extra)}: expected 'pi' and 'vf'")
+
+        gaussian = isinstance(self.distribution, Gaussian)
+        outputs = self.distribution.size // (2 if gaussian else 1)
+        hidden = lstm_hidden_size
+        pi, vf = net_arch.get("pi", []), net_arch.get("vf", [])
+        with seeding.initialising(seed, "policy"):
+            self.features_extractor = self.make_features_extractor()
+            features = self.features_extractor.features_dim
+            self.actor = Recurrent(features, hidden, n_lstm_layers, cell)
+            self.critic: Recurrent | nn.Linear | None = None
+            if enable_critic_lstm:
+                self.critic = Recurrent(features, hidden, n_lstm_layers, cell)
+            elif not shared_lstm:
+                self.critic = nn.Linear(features, hidden)
+            self.actor_mlp = nn.Sequential(*create_mlp(hidden, 0, pi, activation_fn))
+            self.critic_mlp = nn.Sequential(*create_mlp(hidden, 0, vf, activation_fn))
+            self.action_net = nn.Linear(pi[-1] if pi else hidden, outputs)
+            self.value_net = nn.Linear(vf[-1] if vf else hidden, 1)
+            if ortho_init:  # gains as in Stable-Baselines3
+                for module, gain in (
+                    (self.features_extractor, math.sqrt(2)),
+                    (self.actor_mlp, math.sqrt(2)),
+                    (self.critic_mlp, math.sqrt(2)),
+                    (self.action_net, 0.01),
+                    (self.value_net, 1.0),
+                ):
+                    for child in module.modules():
+                        self.init_weights(child, gain)
+        self.log_std: nn.Parameter | None = None
+        if gaussian:
+            self.log_std = nn.Parameter(torch.full((outputs,), float(log_std_init)))
+        if initial_logits is not None:
+            if len(initial_logits) != outputs or not np.isfinite(initial_logits).all():
+                raise ValueError(
+                    f"initial_logits are {initial_logits}: expected {outputs} finite "
+                    f"numbers, one per output for {action_space}"
+                )
+            with torch.no_grad():
+                self.action_net.weight.zero_()
+                self.action_net.bias.copy_(torch.tensor(initial_logits))
+        self._actor_rows = len(self.actor.initial_state(1))
+        self.generator = seeding.generator(seed, "predict")
+        adam = {"eps": 1e-5, "fused": True, **(optimizer_kwargs or {})}
+        self.optimizer = torch.optim.Adam(self.parameters(), lr_schedule(1), **adam)
+
+    def initial_state(self, batch: int) -> Float[Tensor, "S B H"]:
+        """The state before the first step: zeros."""
+        state = self.actor.initial_state(batch)
+        if isinstance(self.critic, Recurrent):
+            state = torch.cat((state, self.critic.initial_state(batch)))
+        return state
+
+    def evaluate_sequence(
+        self,
+        obs: Shaped[Tensor, "T B *obs"],
+        state: Float[Tensor, "S B H"],
+        starts: Bool[Tensor, "T B"],
+    ) -> tuple[Float[Tensor, "T B P"], Float[Tensor, "T B"], Float[Tensor, "S B H"]]:
+        """Action parameters, values, and the state after the last step.
+
+        `starts[t, b]`: an episode of environment b begins with `obs[t, b]`.
+        """
+        features = self._features(obs)
+        mine, its = self._split(state)
+        latent, mine = self.actor(features, mine, starts)
+        values, its = self._values(features, latent, its, starts)
+        return self._params(latent), values, torch.cat((mine, its))
+
+    def act(
+        self,
+        obs: Shaped[Tensor, "B *obs"],
+        state: Float[Tensor, "S B H"],
+        starts: Bool[Tensor, "B"],
+        generator: torch.Generator,
+        deterministic: bool = False,
+    ) -> tuple[
+        Shaped[Tensor, "B *action"],
+        Float[Tensor, "B"],
+        Float[Tensor, "B"],
+        Float[Tensor, "S B H"],
+    ]:
+        """One step: actions, values, log probabilities of the actions, and the state.
+
+        The actions of a `Box` are not clipped to it.
+        """
+        params, values, state = self.evaluate_sequence(obs[None], state, starts[None])
+        params = params[0]
+        if deterministic:
+            actions = self.distribution.mode(params)
+        else:
+            actions = self.distribution.sample(params, generator)
+        return actions, values[0], self.distribution.log_prob(params, actions), state
+
+    def value(
+        self,
+        obs: Shaped[Tensor, "B *obs"],
+        state: Float[Tensor, "S B H"],
+        starts: Bool[Tensor, "B"],
+    ) -> Float[Tensor, "B"]:
+        """The values of `obs` seen next in `state`, which stays as it is."""
+        features = self._features(obs[None])
+        mine, its = self._split(state)
+        latent = features  # what only a shared critic looks at
+        if self.shared_lstm:
+            latent, _ = self.actor(features, mine, starts[None])
+        values, _ = self._values(features, latent, its, starts[None])
+        return values[0]
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """Actions for one observation or a batch of n, and the state to pass next time.
+
+        The state is an opaque tuple of arrays [layers, n, H], None before the first
+        step. `episode_start` [n] says whose episode begins, which clears its state.
+        Actions of a `Box` are clipped to it. Draws come from the policy's `generator`.
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        assert isinstance(obs, Tensor)
+        n = len(obs)
+        rows = self.actor.initial_state(n)
+        if state is not None:
+            if state[0].shape != rows.shape:
+                raise ValueError(
+                    f"state has shape {list(state[0].shape)}: expected "
+                    f"{list(rows.shape)} for {n} observations; pass None to begin anew"
+                )
+            rows = torch.as_tensor(state[0], dtype=rows.dtype, device=rows.device)
+        begins = np.zeros(n, bool) if episode_start is None else episode_start
+        begins = np.broadcast_to(np.asarray(begins, bool), n)
+        starts = torch.tensor(begins, device=rows.device)
+        with torch.no_grad():
+            latent, rows = self.actor(self._features(obs[None]), rows, starts[None])
+            params = self._params(latent)[0].cpu()
+        if deterministic:
+            actions = self.distribution.mode(params).numpy()
+        else:
+            actions = self.distribution.sample(params, self.generator).numpy()
+        if isinstance(self.action_space, spaces.Box):
+            actions = np.clip(actions, self.action_space.low, self.action_space.high)
+        actions = actions.astype(self.action_space.dtype)
+        return actions if vectorized else actions.squeeze(0), (rows.cpu().numpy(),)
+
+    def save(self, path: str) -> Never:
+        raise NotImplementedError("a policy has no file of its own: save the agent")
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "auto") -> Never:
+        raise NotImplementedError("a policy has no file of its own: load the agent")
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """Actions [B] on the first observations of episodes."""
+        assert isinstance(observation, Tensor)
+        n = len(observation)
+        starts = torch.ones(n, dtype=torch.bool, device=self.device)
+        params, _, _ = self.evaluate_sequence(
+            observation[None], self.initial_state(n), starts[None]
+        )
+        params = params[0].cpu()
+        if deterministic:
+            return self.distribution.mode(params)
+        return self.distribution.sample(params, self.generator)
+
+    def _features(self, obs: Shaped[Tensor, "T B *obs"]) -> Float[Tensor, "T B F"]:
+        """Preprocessed as in Stable-Baselines3: integers become one-hot vectors."""
+        features = self.extract_features(obs.flatten(0, 1), self.features_extractor)
+        return features.reshape(*obs.shape[:2], -1)
+
+    def _split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state[: self._actor_rows], state[self._actor_rows :]
+
+    def _params(self, latent: Float[Tensor, "T B H"]) -> Float[Tensor, "T B P"]:
+        params: Tensor = self.action_net(self.actor_mlp(latent))
+        if self.log_std is not None:
+            params = torch.cat((params, self.log_std.expand_as(params)), -1)
+        return params
+
+    def _values(
+        self,
+        features: Float[Tensor, "T B F"],
+        latent: Float[Tensor, "T B _"],
+        state: Float[Tensor, "_ B H"],
+        starts: Bool[Tensor, "T B"],
+    ) -> tuple[Float[Tensor, "T B"], Float[Tensor, "_ B H"]]:
+        if self.critic is None:
+            latent = latent.detach()
+        elif isinstance(self.critic, Recurrent):
+            latent, state = self.critic(features, state, starts)
+        else:
+            latent = self.critic(features)
+        return self.value_net(self.critic_mlp(latent)).squeeze(-1), state

@@ -1,0 +1,575 @@
+"""Recurrent PPO: a Stable-Baselines3 algorithm with a loop of its own inside.
+
+Schulman et al. 2017, "Proximal policy optimization algorithms", on whole sequences.
+Shapes: T steps, B environments; S and H of the recurrent state.
+"""
+
+import io
+import os
+import secrets
+from collections import deque
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from stable_baselines3.common.base_class import maybe_make_env
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from torch import Tensor, nn
+
+from rlrnn import checkpoint, losses, returns, seeding
+from rlrnn.agents.policies import RecurrentPolicy
+from rlrnn.agents.rollout import Rollout, minibatches, segment_length
+from rlrnn.agents.storage import (
+    Unstorable,
+    decode,
+    decode_space,
+    encode,
+    encode_space,
+)
+from rlrnn.agents.vector import TensorVecEnv, is_tensor_env, source_of
+
+# What the constructor is given, in its order; the file holds these too.
+SETTINGS = (
+    "policy",
+    "learning_rate",
+    "n_steps",
+    "batch_size",
+    "n_epochs",
+    "gamma",
+    "gae_lambda",
+    "clip_range",
+    "clip_range_vf",
+    "normalize_advantage",
+    "ent_coef",
+    "vf_coef",
+    "max_grad_norm",
+    "target_kl",
+    "stats_window_size",
+    "tensorboard_log",
+    "policy_kwargs",
+    "verbose",
+    "seed",
+)
+
+
+class RecurrentPPO(OnPolicyAlgorithm):
+    """PPO with memory; the arguments and defaults of sb3-contrib's `RecurrentPPO`.
+
+    `env` is an environment id, a gymnasium environment, a Stable-Baselines3 `VecEnv`,
+    or a tensor environment of `rlrnn.envs`. For the latter, no step of collection or
+    update waits for the device; `device="auto"` is then the environment's.
+
+    An update collects T = `n_steps` steps in B environments, and goes over them
+    `n_epochs` times in minibatches of `batch_size` steps: whole columns [T, n], or,
+    where a column is larger, segments of the largest length that divides it, each from
+    the recurrent state it began in. Everything random comes from `seed`; the global
+    generators of random, numpy and torch are not touched.
+
+    Learning rate and clip ranges are numbers or functions of the remaining progress,
+    which runs from 1 to 0.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpLstmPolicy": RecurrentPolicy
+    }
+    policy: RecurrentPolicy  # type: ignore[assignment]
+    rollout_buffer: Rollout  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        policy: str | type[RecurrentPolicy],
+        env: GymEnv | str | None,
+        learning_rate: float | Schedule = 3e-4,
+        n_steps: int = 128,
+        batch_size: int = 128,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: float | Schedule = 0.2,
+        clip_range_vf: float | Schedule | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        if use_sde:
+            raise ValueError(
+                "use_sde is True: expected False, state-dependent exploration is not "
+                "supported; leave it out"
+            )
+        counts = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}: expected at least 1")
+        vector = env.env if isinstance(env, TensorVecEnv) else env
+        if device == "auto" and is_tensor_env(vector):
+            device = vector.device  # type: ignore[union-attr]
+        super().__init__(
+            policy,  # type: ignore[arg-type]
+            env,  # type: ignore[arg-type]  # None is for `load`
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.batch_size = batch_size
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
+        self.clip_range_vf = clip_range_vf
+        self.normalize_advantage = normalize_advantage
+        self.target_kl = target_kl
+        if _init_setup_model:
+            self._setup_model()
+
+    # --- set-up -----------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        self._setup_lr_schedule()
+        self.set_random_seed(self.seed)
+        policy = self.policy_class(
+            self.observation_space,
+            self.action_space,
+            self.lr_schedule,
+            **{"seed": self._entropy, **self.policy_kwargs},
+        )
+        assert isinstance(policy, RecurrentPolicy)
+        self.policy = policy.to(self.device)
+        self._last_state = self.policy.initial_state(self.n_envs)
+        self.rollout_buffer = None  # type: ignore[assignment]  # nothing played yet
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seeds the environments, the action space and the agent's own generators.
+
+        No global random state is touched. Without a seed the system provides one.
+        """
+        self._entropy = secrets.randbits(63) if seed is None else seed
+        self._acting, self._shuffling = (
+            seeding.generator(self._entropy, name, device=self.device)
+            for name in ("acting", "shuffling")
+        )
+        if seed is not None:
+            self.action_space.seed(seed)
+            if self.env is not None:
+                self.env.seed(seed)
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        if is_tensor_env(env):
+            return TensorVecEnv(env)
+        return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
+
+    # --- learning ---------------------------------------------------------------------
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: Any,
+        n_rollout_steps: int,
+    ) -> bool:
+        """Play, remember, and estimate advantages; False if `callback` says stop.
+
+        A new `self.rollout_buffer` takes the place of the old one, which is ignored.
+        Among the locals, callbacks find `dones` and `infos` as the environment gave
+        them: tensors, if it is a tensor environment.
+        """
+        self.policy.set_training_mode(False)
+        source = source_of(env, self.device)
+        length = segment_length(n_rollout_steps, self.batch_size)
+        callback.on_rollout_start()
+
+        obs = torch.as_tensor(self._last_obs, device=self.device)  # [B, ...]
+        starts = torch.as_tensor(self._last_episode_starts, device=self.device)  # [B]
+        state = self._last_state  # [S, B, H]
+        untruncated = torch.zeros(env.num_envs, device=self.device)
+        played, earned, states = [], [], []
+
+        for t in range(n_rollout_steps):
+            if t % length == 0:
+                states.append(state)
+            with torch.no_grad():
+                actions, values, log_probs, state = self.policy.act(
+                    obs, state, starts, self._acting
+                )
+            step = source.step(actions)
+            final_values = untruncated
+            if step.final_obs is not None:
+                # `state` is still that of the episode that was cut
+                on = torch.zeros_like(step.starts)
+                with torch.no_grad():
+                    final_values = self.policy.value(step.final_obs, state, on)
+            played.append((obs, actions, starts, values, log_probs, final_values))
+            earned.append((step.rewards, step.terminated, step.truncated))
+
+            obs, starts = step.obs, step.starts
+            # at each step, so that a callback may save
+            self._last_obs, self._last_episode_starts = obs, starts  # type: ignore[assignment]
+            self._last_state = state
+            self.num_timesteps += env.num_envs
+            new_obs, rewards, dones, infos = (
+                step.obs,
+                step.rewards,
+                step.dones,
+                step.infos,
+            )
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+
+        with torch.no_grad():
+            last_values = self.policy.value(obs, state, starts)
+        obs_, actions_, starts_, values_, log_probs_, finals_ = map(
+            torch.stack, zip(*played, strict=True)
+        )
+        rewards_, terminated_, truncated_ = (
+            torch.stack(x).to(self.device) for x in zip(*earned, strict=True)
+        )
+        following = returns.next_values(
+            values_, last_values, terminated_, truncated_, finals_
+        )
+        advantages = returns.gae(
+            rewards_,
+            values_,
+            following,
+            terminated_ | truncated_,
+            self.gamma,
+            self.gae_lambda,
+        )
+        self.rollout_buffer = Rollout(
+            obs_,
+            actions_,
+            starts_,
+            values_,
+            log_probs_,
+            advantages,
+            advantages + values_,
+            torch.stack(states),
+        )
+        assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
+        episodes, successes = source.finished()  # the one look at the device
+        self.ep_info_buffer.extend(episodes)
+        self.ep_success_buffer.extend(successes)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def train(self) -> None:
+        """Some epochs of clipped policy gradient over what was played last."""
+        policy, distribution = self.policy, self.policy.distribution
+        policy.set_training_mode(True)
+        self._update_learning_rate(policy.optimizer)
+        clip_range = FloatSchedule(self.clip_range)(self._current_progress_remaining)
+        clip_range_vf = None
+        if self.clip_range_vf is not None:
+            clip_range_vf = FloatSchedule(self.clip_range_vf)(
+                self._current_progress_remaining
+            )
+        segments = self.rollout_buffer.segments()
+        stats: list[Tensor] = []  # six numbers per minibatch
+        grad_norms: list[Tensor] = []
+        go_on = True
+
+        for _ in range(self.n_epochs):
+            epoch_begin = len(stats)
+            for batch in minibatches(segments, self.batch_size, self._shuffling):
+                params, values, _ = policy.evaluate_sequence(
+                    batch.obs, batch.state, batch.starts
+                )
+                log_ratio = distribution.log_prob(params, batch.actions)
+                log_ratio = log_ratio - batch.log_probs
+                advantages = batch.advantages
+                if self.normalize_advantage and advantages.numel() > 1:
+                    advantages = (advantages - advantages.mean()) / (
+                        advantages.std() + 1e-8
+                    )
+                policy_loss = losses.clipped_surrogate(
+                    log_ratio, advantages, clip_range
+                )
+                value_loss = losses.value_loss(
+                    values, batch.returns, batch.values, clip_range_vf
+                )
+                entropy_loss = -distribution.entropy(params).mean()
+                loss = (
+                    policy_loss
+                    + self.ent_coef * entropy_loss
+                    + self.vf_coef * value_loss
+                )
+                with torch.no_grad():
+                    kl = losses.approximate_kl(log_ratio)
+                    clipped = losses.clip_fraction(log_ratio, clip_range)
+                    stats.append(
+                        torch.stack(
+                            (loss, policy_loss, value_loss, entropy_loss, kl, clipped)
+                        )
+                    )
+                # a limit on the divergence has to look at it
+                if self.target_kl is not None and float(kl) > 1.5 * self.target_kl:
+                    go_on = False
+                    break
+                policy.optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                grad_norms.append(
+                    nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)
+                )
+                policy.optimizer.step()
+            self._n_updates += 1
+            if not go_on:
+                break
+
+        self._log_update(torch.stack(stats), grad_norms, epoch_begin)
+        self.logger.record("train/clip_range", clip_range)
+        if clip_range_vf is not None:
+            self.logger.record("train/clip_range_vf", clip_range_vf)
+
+    def _log_update(
+        self, stats: Tensor, grad_norms: list[Tensor], last_epoch: int
+    ) -> None:
+        """Names and averages as in Stable-Baselines3; one transfer from the device."""
+        rollout, log_std = self.rollout_buffer, self.policy.log_std
+        once = [losses.explained_variance(rollout.values, rollout.returns)]
+        if log_std is not None:
+            once.append(log_std.detach().exp().mean())
+        norms = torch.stack(grad_norms) if grad_norms else stats.new_zeros(0)
+        numbers = torch.cat((torch.stack(once), norms, stats.flatten())).cpu().numpy()
+        once_, norms_, table = np.split(
+            numbers, [len(once), len(once) + len(grad_norms)]
+        )
+        loss, policy_loss, value_loss, entropy_loss, kl, clipped = table.reshape(
+            -1, 6
+        ).T.astype(float)
+        record = self.logger.record
+        record("train/entropy_loss", entropy_loss.mean())
+        record("train/policy_gradient_loss", policy_loss.mean())
+        record("train/value_loss", value_loss.mean())
+        record("train/approx_kl", kl[last_epoch:].mean())
+        record("train/clip_fraction", clipped.mean())
+        record("train/loss", loss[-1])
+        record("train/explained_variance", float(once_[0]))
+        if len(norms_):
+            record("train/grad_norm", float(norms_.mean()))
+        if log_std is not None:
+            record("train/std", float(once_[1]))
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def predict(
+        self,
+        observation: NDArray[Any] | dict[str, NDArray[Any]],
+        state: tuple[NDArray[Any], ...] | None = None,
+        episode_start: NDArray[Any] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
+        """See `RecurrentPolicy.predict`. It never changes how training goes on."""
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    # --- storing ----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes in training, for `load_state_dict`.
+
+        With an environment that has a `state_dict` of its own, training goes on as if
+        it had never stopped; another one starts new episodes.
+        """
+        env = self.env.unwrapped if self.env is not None else None
+        env_state = None
+        if isinstance(env, TensorVecEnv) and hasattr(env.env, "state_dict"):
+            env_state = env.env.state_dict()
+        keep = ("r", "l", "t")
+        episodes = [{k: e[k] for k in keep} for e in self.ep_info_buffer or ()]
+        normalize = self._vec_normalize_env
+        return {
+            "policy": dict(self.policy.state_dict()),
+            "optimizer": self.policy.optimizer.state_dict(),
+            "generators": {
+                "acting": self._acting.get_state(),
+                "shuffling": self._shuffling.get_state(),
+                "predict": self.policy.generator.get_state(),
+                "action_space": self.action_space.np_random.bit_generator.state,
+            },
+            "num_timesteps": self.num_timesteps,
+            "n_updates": self._n_updates,
+            "progress_remaining": self._current_progress_remaining,
+            "episodes": episodes,
+            "successes": [bool(success) for success in self.ep_success_buffer or ()],
+            "learning": self.ep_info_buffer is not None,
+            "env": env_state,
+            "last_obs": self._last_obs,
+            "last_starts": self._last_episode_starts,
+            "last_state": self._last_state,
+            "normalize": None if normalize is None else _statistics(normalize),
+        }
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, on any device.
+
+        If the environment cannot be put back where it was, or there are more or fewer
+        copies of it, it starts new episodes at the next `learn`.
+        """
+        self.policy.load_state_dict(tree["policy"])
+        self.policy.optimizer.load_state_dict(tree["optimizer"])
+        generators = tree["generators"]
+        for generator, name in (
+            (self._acting, "acting"),
+            (self._shuffling, "shuffling"),
+            (self.policy.generator, "predict"),
+        ):
+            given = generators[name].cpu()
+            if given.shape == generator.get_state().shape:  # else of another device
+                generator.set_state(given)
+        self.action_space.np_random.bit_generator.state = generators["action_space"]
+        self.num_timesteps = tree["num_timesteps"]
+        self._n_updates = tree["n_updates"]
+        self._current_progress_remaining = tree["progress_remaining"]
+        if tree["learning"]:
+            window = self._stats_window_size
+            self.ep_info_buffer = deque(tree["episodes"], maxlen=window)
+            self.ep_success_buffer = deque(tree["successes"], maxlen=window)
+        if self._vec_normalize_env is not None and tree["normalize"] is not None:
+            _restore_statistics(self._vec_normalize_env, tree["normalize"])
+
+        env = self.env.unwrapped if self.env is not None else None
+        same_size = tree["last_state"].shape == self._last_state.shape
+        if isinstance(env, TensorVecEnv) and tree["env"] is not None and same_size:
+            env.env.load_state_dict(tree["env"])
+            env._reset_seeds()
+            self._last_obs = tree["last_obs"]
+            self._last_episode_starts = tree["last_starts"]
+            self._last_state = tree["last_state"].to(self.device)
+        else:
+            self._last_obs = None  # `learn` will reset
+            if self.env is not None and self.seed is not None:
+                # not the episodes that training began with
+                again = seeding.derive(self.seed, "restart", self.num_timesteps)
+                self.env.seed(again >> 32)
+
+    def save(  # type: ignore[override]
+        self, path: str | os.PathLike[str] | io.BufferedIOBase
+    ) -> None:
+        """One .zip for `load`: settings, spaces and `state_dict()`, without any code.
+
+        A path without a suffix gets `.zip`. Functions and classes of one's own, such as
+        a learning rate that is a lambda, are left out, and `load` asks for them.
+        """
+        settings: dict[str, Any] = {}
+        missing: list[str] = []
+        for name in SETTINGS:
+            if name == "policy":
+                value: Any = self.policy_class
+                if value is RecurrentPolicy:
+                    value = "MlpLstmPolicy"
+            elif name == "stats_window_size":
+                value = self._stats_window_size
+            else:
+                value = getattr(self, name)
+            try:
+                settings[name] = encode(value)
+            except Unstorable:
+                missing.append(name)
+        tree = {
+            "settings": settings,
+            "missing": missing,
+            "observation_space": encode_space(self.observation_space),
+            "action_space": encode_space(self.action_space),
+            "n_envs": self.n_envs,
+            "state": self.state_dict(),
+        }
+        checkpoint.save(_with_suffix(path), tree, {"kind": "agent"})
+
+    @classmethod
+    def load(  # type: ignore[override]
+        cls,
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: GymEnv | str | None = None,
+        device: torch.device | str = "auto",
+        **overrides: Any,
+    ) -> Self:
+        """The agent that `save` stored. Nothing in the file is executed.
+
+        Without `env` it can predict; with one it can also go on learning. `overrides`
+        are arguments of the constructor that take the place of the stored ones.
+        """
+        path = _with_suffix(path)
+        name = path if isinstance(path, Path) else getattr(path, "name", "the file")
+        tree = checkpoint.load(path)
+        if not (isinstance(tree, dict) and "observation_space" in tree):
+            raise ValueError(f"{name} is a checkpoint of something else than an agent")
+        if absent := set(tree["missing"]) - overrides.keys():
+            raise ValueError(
+                f"{name} cannot hold {', '.join(sorted(absent))}, which was code: "
+                f"expected as an argument; pass load(..., {min(absent)}=...)"
+            )
+        settings = {**decode(tree["settings"]), **overrides}
+        observation_space = decode_space(tree["observation_space"])
+        action_space = decode_space(tree["action_space"])
+        vector = env.env if isinstance(env, TensorVecEnv) else env
+        if device == "auto" and is_tensor_env(vector):
+            device = vector.device  # type: ignore[union-attr]
+        if env is not None:
+            env = cls._wrap_env(maybe_make_env(env, settings["verbose"]))
+            check_for_correct_spaces(env, observation_space, action_space)
+        agent = cls(env=env, device=device, _init_setup_model=False, **settings)
+        if env is None:
+            agent.observation_space = observation_space
+            agent.action_space = action_space
+            agent.n_envs = tree["n_envs"]
+        agent._setup_model()
+        agent.load_state_dict(tree["state"])
+        return agent
+
+
+def _with_suffix(path: Any) -> Any:
+    """`agent` → `agent.zip`, as Stable-Baselines3 has it; file objects as they are."""
+    if not isinstance(path, (str, os.PathLike)):
+        return path
+    path = Path(path)
+    return path if path.suffix == ".zip" else path.with_name(f"{path.name}.zip")
+
+
+def _statistics(normalize: VecNormalize) -> dict[str, Any]:
+    """The running statistics of a VecNormalize, as arrays."""
+    running = {"ret": normalize.ret_rms}
+    if normalize.norm_obs:
+        running["obs"] = normalize.obs_rms  # type: ignore[assignment]
+    result: dict[str, Any] = {
+        key: {"mean": np.asarray(r.mean), "var": np.asarray(r.var), "count": r.count}
+        for key, r in running.items()
+    }
+    return {**result, "returns": normalize.returns.copy()}
+
+
+def _restore_statistics(normalize: VecNormalize, tree: dict[str, Any]) -> None:
+    running = {"ret": normalize.ret_rms}
+    if normalize.norm_obs and "obs" in tree:
+        running["obs"] = normalize.obs_rms  # type: ignore[assignment]
+    for key, r in running.items():
+        r.mean, r.var, r.count = (tree[key][k] for k in ("mean", "var", "count"))
+    if tree["returns"].shape == normalize.returns.shape:
+        normalize.returns = tree["returns"]

@@ -1,0 +1,109 @@
+"""Settings of an agent as plain trees, and back. Nothing in a tree is ever executed.
+
+Spaces, schedules and network classes are written by name from a fixed list. What is not
+on it, a function of one's own, cannot be stored: `Unstorable` says so.
+"""
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.utils import (
+    ConstantSchedule,
+    FloatSchedule,
+    LinearSchedule,
+)
+from torch import nn
+
+CLASSES: dict[str, type[nn.Module]] = {
+    cls.__name__: cls
+    for cls in (
+        nn.Tanh,
+        nn.ReLU,
+        nn.ELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.LeakyReLU,
+        nn.Identity,
+        FlattenExtractor,
+    )
+}
+
+
+class Unstorable(ValueError):
+    """A function or class of one's own, which a file without code cannot hold."""
+
+
+def encode(value: Any) -> Any:
+    """Plain scalars, lists, tuples and dicts of strings, for a checkpoint."""
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case np.generic():
+            return value.item()
+        case list() | tuple():
+            return type(value)(encode(item) for item in value)
+        case dict():
+            return {key: encode(item) for key, item in value.items()}
+        case FloatSchedule():
+            return encode(value.value_schedule)
+        case ConstantSchedule():
+            return value.val
+        case LinearSchedule():
+            return {"$linear": [value.start, value.end, value.end_fraction]}
+        case type(__name__=name) if CLASSES.get(name) is value:
+            return {"$class": name}
+    raise Unstorable(f"{value!r} cannot be stored")
+
+
+def decode(tree: Any) -> Any:
+    """The inverse of `encode`, but for constant schedules, which become numbers."""
+    match tree:
+        case {"$linear": [float() | int() as start, float() | int() as end, fraction]}:
+            return LinearSchedule(start, end, float(fraction))
+        case {"$class": str() as name}:
+            if name not in CLASSES:
+                raise ValueError(
+                    f"the file names the class {name[:40]!r}, expected one of "
+                    f"{', '.join(CLASSES)}"
+                )
+            return CLASSES[name]
+        case dict():
+            return {key: decode(item) for key, item in tree.items()}
+        case list() | tuple():
+            return type(tree)(decode(item) for item in tree)
+    return tree
+
+
+def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
+    """A tree with the exact bounds; for the spaces that the agent supports."""
+    match space:
+        case spaces.Box():
+            return {
+                "type": "Box",
+                "low": space.low.copy(),
+                "high": space.high.copy(),
+                "dtype": space.dtype.name,
+            }
+        case spaces.Discrete():
+            return {"type": "Discrete", "n": int(space.n)}
+        case spaces.MultiDiscrete():
+            return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
+        case spaces.MultiBinary():
+            return {"type": "MultiBinary", "shape": list(space.shape)}
+    raise Unstorable(f"{space} cannot be stored")
+
+
+def decode_space(tree: dict[str, Any]) -> spaces.Space[Any]:
+    """The inverse of `encode_space`."""
+    match tree:
+        case {"type": "Box", "low": low, "high": high, "dtype": str() as dtype}:
+            return spaces.Box(low, high, dtype=np.dtype(dtype).type)
+        case {"type": "Discrete", "n": int() as n}:
+            return spaces.Discrete(n)
+        case {"type": "MultiDiscrete", "nvec": list() as nvec}:
+            return spaces.MultiDiscrete(nvec)
+        case {"type": "MultiBinary", "shape": list() as shape}:
+            return spaces.MultiBinary(shape)
+    raise ValueError(f"the file describes an unknown space: {str(tree)[:80]}")

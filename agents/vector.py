@@ -1,0 +1,241 @@
+"""Environments as the agent sees them: tensors in, tensors out.
+
+Shapes: B environments. `TensorVecEnv` gives a tensor environment the face that
+Stable-Baselines3 expects; a source steps either kind for the training loop.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv
+from jaxtyping import Bool, Float, Shaped
+from numpy.typing import NDArray
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
+from torch import Tensor
+
+Episode = dict[str, Any]  # {"r": return, "l": length, "t": seconds}, as Monitor has it
+
+
+class TensorVecEnv(VecEnv):
+    """A tensor environment as a Stable-Baselines3 `VecEnv`, in numpy.
+
+    For evaluation, callbacks and wrappers. The agent trains on `env` itself, so long as
+    nothing is wrapped around this. Attributes and methods are those of the whole
+    vector: they are read and called once, for all copies.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
+        if not is_tensor_env(env):
+            raise ValueError(
+                f"env is {env}: expected a gymnasium VectorEnv with "
+                'metadata["tensor"]; use stable_baselines3\'s DummyVecEnv for others'
+            )
+        self.env: Any = env
+        self._began = time.monotonic()
+        self._actions: Tensor | None = None
+        super().__init__(
+            env.num_envs, env.single_observation_space, env.single_action_space
+        )
+
+    def reset(self) -> NDArray[Any]:
+        obs, _ = self.env.reset(seed=self._seeds[0])  # the vector has one seed
+        self._reset_seeds()
+        return _numpy(obs)
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        actions = np.asarray(actions, self.action_space.dtype)
+        self._actions = torch.tensor(actions, device=self.env.device)
+
+    def step_wait(
+        self,
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], list[dict[str, Any]]]:
+        obs, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        dones = _numpy(terminated | truncated)
+        cut = _numpy(truncated & ~terminated)
+        described: list[dict[str, Any]] = [
+            {"TimeLimit.truncated": bool(flag)} for flag in cut
+        ]
+        if dones.any():
+            final = _numpy(infos["final_obs"])
+            returns = _numpy(infos["episode_return"])
+            lengths = _numpy(infos["episode_length"])
+            for i in np.flatnonzero(dones):
+                described[i]["terminal_observation"] = final[i]
+                described[i]["episode"] = self.episode(returns[i], lengths[i])
+        return _numpy(obs), _numpy(rewards), dones, described
+
+    def episode(self, total: float, length: int) -> Episode:
+        seconds = round(time.monotonic() - self._began, 6)
+        return {"r": float(total), "l": int(length), "t": seconds}
+
+    def close(self) -> None:
+        self.env.close()
+
+    def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
+        return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
+
+    def set_attr(
+        self, attr_name: str, value: Any, indices: VecEnvIndices = None
+    ) -> None:
+        setattr(self.env, attr_name, value)
+
+    def env_method(
+        self,
+        method_name: str,
+        *method_args: Any,
+        indices: VecEnvIndices = None,
+        **method_kwargs: Any,
+    ) -> list[Any]:
+        result = getattr(self.env, method_name)(*method_args, **method_kwargs)
+        return [result] * len(list(self._get_indices(indices)))
+
+    def env_is_wrapped(
+        self,
+        wrapper_class: type[gymnasium.Wrapper[Any, Any, Any, Any]],
+        indices: VecEnvIndices = None,
+    ) -> list[bool]:
+        """True for `Monitor`: the episode statistics it would add are here."""
+        monitored = wrapper_class is Monitor
+        return [monitored] * len(list(self._get_indices(indices)))
+
+    def get_images(self) -> Sequence[NDArray[Any] | None]:
+        return [None] * self.num_envs
+
+
+def is_tensor_env(env: object) -> bool:
+    return isinstance(env, VectorEnv) and bool(env.metadata.get("tensor"))
+
+
+class Step(NamedTuple):
+    """One step of B environments, which have been reset where they are done.
+
+    `final_obs` holds the observations before the reset, or None if nothing truncated.
+    `dones` and `infos` are as the environment has them, for callbacks.
+    """
+
+    obs: Shaped[Tensor, "B *obs"]
+    rewards: Float[Tensor, "B"]
+    terminated: Bool[Tensor, "B"]
+    truncated: Bool[Tensor, "B"]
+    starts: Bool[Tensor, "B"]
+    final_obs: Shaped[Tensor, "B *obs"] | None
+    dones: Any
+    infos: Any
+
+
+class Source(Protocol):
+    """Steps environments for one rollout and keeps count of the episodes that end."""
+
+    def step(self, actions: Shaped[Tensor, "B *action"]) -> Step: ...
+
+    def finished(self) -> tuple[list[Episode], list[Any]]:
+        """The episodes that ended since the beginning, and which were a success."""
+        ...
+
+
+def source_of(env: VecEnv, device: torch.device) -> Source:
+    if isinstance(env, TensorVecEnv):
+        if env.env.device.type != device.type:
+            raise ValueError(
+                f"env is on {env.env.device}, the agent on {device}: expected one "
+                "device for both; pass the environment's to the agent"
+            )
+        return TensorSource(env)
+    return NumpySource(env, device)
+
+
+class TensorSource:
+    """Nothing here waits for the device before `finished`."""
+
+    def __init__(self, env: TensorVecEnv) -> None:
+        self.face = env
+        self.truncates = env.env.metadata.get("truncates") is not False
+        self.statistics: list[tuple[Tensor, Tensor, Tensor]] = []
+        space = env.action_space
+        example = torch.from_numpy(np.zeros((), space.dtype))
+        self.dtype = example.dtype
+        self.low: Tensor | None = None
+        if isinstance(space, spaces.Box):
+            self.low = torch.tensor(space.low, device=env.env.device)
+            self.high = torch.tensor(space.high, device=env.env.device)
+
+    def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
+        if self.low is not None:
+            actions = torch.clamp(actions, self.low, self.high)
+        obs, rewards, terminated, truncated, infos = self.face.env.step(
+            actions.to(self.dtype)
+        )
+        dones = terminated | truncated
+        self.statistics.append(
+            (dones, infos["episode_return"], infos["episode_length"])
+        )
+        final_obs = infos["final_obs"] if self._may_truncate(truncated) else None
+        return Step(obs, rewards, terminated, truncated, dones, final_obs, dones, infos)
+
+    def _may_truncate(self, truncated: Tensor) -> bool:
+        """On a CPU the answer is free; elsewhere asking costs more than valuing all."""
+        if self.truncates and truncated.device.type == "cpu":
+            return bool(truncated.any())
+        return self.truncates
+
+    def finished(self) -> tuple[list[Episode], list[Any]]:
+        columns = [torch.stack(x).double() for x in zip(*self.statistics, strict=True)]
+        dones, returns, lengths = torch.stack(columns).cpu().numpy()
+        ended = dones.astype(bool)
+        pairs = zip(returns[ended], lengths[ended], strict=True)
+        return [self.face.episode(total, length) for total, length in pairs], []
+
+
+class NumpySource:
+    """Any `VecEnv`. What the policy does not need stays on the host."""
+
+    def __init__(self, env: VecEnv, device: torch.device) -> None:
+        self.env = env
+        self.device = device
+        self.episodes: list[Episode] = []
+        self.successes: list[Any] = []
+
+    def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
+        space = self.env.action_space
+        played = actions.cpu().numpy()
+        if isinstance(space, spaces.Box):
+            played = np.clip(played, space.low, space.high)
+        obs, rewards, dones, infos = self.env.step(played.astype(space.dtype))
+        assert isinstance(obs, np.ndarray)
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        truncated &= dones
+        final_obs = None
+        if truncated.any():
+            final = obs.copy()
+            for i in np.flatnonzero(truncated):
+                final[i] = infos[i]["terminal_observation"]
+            final_obs = torch.tensor(final, device=self.device)
+        for done, info in zip(dones, infos, strict=True):
+            if "episode" in info:
+                self.episodes.append(info["episode"])
+            if done and "is_success" in info:
+                self.successes.append(info["is_success"])
+        return Step(
+            torch.tensor(obs, device=self.device),
+            torch.tensor(rewards, dtype=torch.float32),
+            torch.tensor(dones & ~truncated),
+            torch.tensor(truncated),
+            torch.tensor(dones, device=self.device),
+            final_obs,
+            dones,
+            infos,
+        )
+
+    def finished(self) -> tuple[list[Episode], list[Any]]:
+        return self.episodes, self.successes
+
+
+def _numpy(x: Tensor) -> NDArray[Any]:
+    return x.cpu().numpy().copy()
