@@ -1,0 +1,101 @@
+"""Character text: any UTF-8 file, or the sources of the standard library."""
+
+import sysconfig
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from rlrnn.data.chunks import Problem, split_symbols, training_part
+
+UNKNOWN = "\ufffd"
+
+
+class DataError(ValueError):
+    """A data file that cannot be used, with its name and what to do."""
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file. Raises DataError, in one line, if it is none."""
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"no such text file: {path}") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, expected one UTF-8 text file") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    if not raw:
+        raise DataError(f"{path} is empty, expected UTF-8 text")
+    if b"\0" in raw:
+        where = raw.index(b"\0")
+        raise DataError(
+            f"{path} is binary (a zero byte at offset {where}), expected UTF-8 text"
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset "
+            f"{error.start}); convert it, for example with "
+            f"`iconv -f latin1 -t utf-8 {path.name}`"
+        ) from None
+
+
+@lru_cache(maxsize=4)
+def standard_library(limit: int, part: int = 0, parts: int = 1) -> str:
+    """About `limit` characters of the sources of the running standard library.
+
+    Modules come in a fixed order that looks random (by the CRC of their names), so
+    that neighbouring splits are alike. With `parts`, the modules are dealt into that
+    many disjoint sets, and `part` is the one to read.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    names = [
+        path.relative_to(root)
+        for path in root.rglob("*.py")
+        if not skipped & set(path.relative_to(root).parts)
+    ]
+    ranked = sorted(
+        (zlib.crc32(name.as_posix().encode()), name.as_posix()) for name in names
+    )
+    texts: list[str] = []
+    size = 0
+    for _, name in ranked[part::parts]:
+        try:
+            text = (root / name).read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        texts.append(text)
+        size += len(text)
+        if size >= limit:
+            break
+    if not texts:
+        raise DataError(
+            f"no Python sources in {root}: give a text with --data.path FILE"
+        )
+    return "".join(texts)[:limit]
+
+
+def text_problem(text: str, batch: int, source: str) -> Problem:
+    """Next-character prediction. The vocabulary is the training part's characters;
+    any other is the unknown one, number 0.
+
+    Raises DataError if a split has less than one step of `batch` streams for each of
+    64 steps: too little to train or to judge.
+    """
+    least = 20 * 64 * batch  # validation is one twentieth
+    if len(text) < least:
+        raise DataError(
+            f"{source} has {len(text)} characters, expected at least {least} for "
+            f"{batch} streams; give a longer text, or a smaller --data.batch"
+        )
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    known = np.unique(codes[: training_part(len(codes))[1]])
+    at = np.searchsorted(known, codes).clip(max=len(known) - 1)
+    symbols = np.where(known[at] == codes, at + 1, 0)
+    vocabulary = UNKNOWN + "".join(map(chr, known))
+    return split_symbols(symbols, batch, len(vocabulary), vocabulary)
