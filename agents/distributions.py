@@ -6,7 +6,7 @@ one), and no method waits for the device, so parameters are not validated.
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
+@runtime_checkable
 class ActionDistribution(Protocol):
     """`size` is P. `log_prob` and `entropy` sum over the axes of an action: [...]."""
 

@@ -93,7 +93,7 @@ class RecurrentPolicy(BasePolicy):
         pi, vf = net_arch.get("pi", []), net_arch.get("vf", [])
         with seeding.initialising(seed, "policy"):
             self.features_extractor = self.make_features_extractor()
-            features = self.features_extractor.features_dim
+            features = int(self.features_extractor.features_dim)
             self.actor = Recurrent(features, hidden, n_lstm_layers, cell)
             self.critic: Recurrent | nn.Linear | None = None
             if enable_critic_lstm:

@@ -9,10 +9,11 @@ import os
 import secrets
 from collections import deque
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
@@ -34,6 +35,8 @@ from rlrnn.agents.storage import (
     encode_space,
 )
 from rlrnn.agents.vector import TensorVecEnv, is_tensor_env, source_of
+
+AnyEnv = GymEnv | VectorEnv[Any, Any, Any]
 
 # What the constructor is given, in its order; the file holds these too.
 SETTINGS = (
@@ -85,7 +88,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def __init__(
         self,
         policy: str | type[RecurrentPolicy],
-        env: GymEnv | str | None,
+        env: AnyEnv | str | None,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int = 128,
         batch_size: int = 128,
@@ -507,10 +510,10 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def load(  # type: ignore[override]
         cls,
         path: str | os.PathLike[str] | io.BufferedIOBase,
-        env: GymEnv | str | None = None,
+        env: AnyEnv | str | None = None,
         device: torch.device | str = "auto",
         **overrides: Any,
-    ) -> Self:
+    ) -> "RecurrentPPO":
         """The agent that `save` stored. Nothing in the file is executed.
 
         Without `env` it can predict; with one it can also go on learning. `overrides`
@@ -533,7 +536,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
         if device == "auto" and is_tensor_env(vector):
             device = vector.device  # type: ignore[union-attr]
         if env is not None:
-            env = cls._wrap_env(maybe_make_env(env, settings["verbose"]))
+            if isinstance(env, str):
+                env = maybe_make_env(env, settings["verbose"])
+            env = cls._wrap_env(env)
             check_for_correct_spaces(env, observation_space, action_space)
         agent = cls(env=env, device=device, _init_setup_model=False, **settings)
         if env is None:

@@ -6,7 +6,7 @@ Stable-Baselines3 expects; a source steps either kind for the training loop.
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
 import numpy as np
@@ -68,12 +68,14 @@ class TensorVecEnv(VecEnv):
             lengths = _numpy(infos["episode_length"])
             for i in np.flatnonzero(dones):
                 described[i]["terminal_observation"] = final[i]
-                described[i]["episode"] = self.episode(returns[i], lengths[i])
+                described[i]["episode"] = self.episode(
+                    float(returns[i]), int(lengths[i])
+                )
         return _numpy(obs), _numpy(rewards), dones, described
 
     def episode(self, total: float, length: int) -> Episode:
         seconds = round(time.monotonic() - self._began, 6)
-        return {"r": float(total), "l": int(length), "t": seconds}
+        return {"r": total, "l": length, "t": seconds}
 
     def close(self) -> None:
         self.env.close()
@@ -130,6 +132,7 @@ class Step(NamedTuple):
     infos: Any
 
 
+@runtime_checkable
 class Source(Protocol):
     """Steps environments for one rollout and keeps count of the episodes that end."""
 
@@ -190,7 +193,7 @@ class TensorSource:
         dones, returns, lengths = torch.stack(columns).cpu().numpy()
         ended = dones.astype(bool)
         pairs = zip(returns[ended], lengths[ended], strict=True)
-        return [self.face.episode(total, length) for total, length in pairs], []
+        return [self.face.episode(float(r), int(n)) for r, n in pairs], []
 
 
 class NumpySource:
