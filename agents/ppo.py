@@ -54,6 +54,7 @@ SETTINGS = (
     "vf_coef",
     "max_grad_norm",
     "target_kl",
+    "reward_scale",
     "stats_window_size",
     "tensorboard_log",
     "policy_kwargs",
@@ -74,6 +75,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
     where a column is larger, segments of the largest length that divides it, each from
     the recurrent state it began in. Everything random comes from `seed`; the global
     generators of random, numpy and torch are not touched.
+
+    What is learned is `reward_scale` times the reward, best such that values are of the
+    order of 1; the episode statistics are of the rewards as they come.
 
     Learning rate and clip ranges are numbers or functions of the remaining progress,
     which runs from 1 to 0.
@@ -103,6 +107,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
         target_kl: float | None = None,
+        reward_scale: float = 1.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -149,6 +154,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.clip_range_vf = clip_range_vf
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
+        self.reward_scale = reward_scale
         if _init_setup_model:
             self._setup_model()
 
@@ -187,6 +193,11 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         if is_tensor_env(env):
             return TensorVecEnv(env)
+        if isinstance(env, VectorEnv):
+            raise ValueError(
+                f"env is {env}, a gymnasium VectorEnv in numpy: expected a tensor "
+                "environment or a VecEnv; use stable_baselines3's make_vec_env"
+            )
         return OnPolicyAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     # --- learning ---------------------------------------------------------------------
@@ -259,7 +270,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             values_, last_values, terminated_, truncated_, finals_
         )
         advantages = returns.gae(
-            rewards_,
+            self.reward_scale * rewards_,
             values_,
             following,
             terminated_ | truncated_,
@@ -532,14 +543,17 @@ class RecurrentPPO(OnPolicyAlgorithm):
         settings = {**decode(tree["settings"]), **overrides}
         observation_space = decode_space(tree["observation_space"])
         action_space = decode_space(tree["action_space"])
-        vector = env.env if isinstance(env, TensorVecEnv) else env
-        if device == "auto" and is_tensor_env(vector):
-            device = vector.device  # type: ignore[union-attr]
         if env is not None:
             if isinstance(env, str):
                 env = maybe_make_env(env, settings["verbose"])
             env = cls._wrap_env(env)
             check_for_correct_spaces(env, observation_space, action_space)
+            normalized = "obs" in (tree["state"]["normalize"] or {})
+            if normalized and not isinstance(env, VecNormalize):
+                raise ValueError(
+                    f"{name} learned on normalised observations, env has them raw: "
+                    "expected a VecNormalize, into which the statistics go; wrap env"
+                )
         agent = cls(env=env, device=device, _init_setup_model=False, **settings)
         if env is None:
             agent.observation_space = observation_space

@@ -392,22 +392,41 @@ def test_an_index_never_leaks_into_another_column() -> None:
 
     def look(model: RecurrentPPO) -> None:
         rollout = model.rollout_buffer
+        scale = model.reward_scale
         index, t = rollout.obs[..., 0], rollout.obs[..., 1]
         assert torch.equal(index, torch.arange(3.0).expand(16, 3))
         assert torch.equal(rollout.starts, t == 0)
         # without discount or critic, returns count the index over the steps left
         left = torch.arange(4.0, 7.0) - t
         ends = torch.arange(16)[:, None] + left <= 16
-        expected = index * left
+        expected = scale * index * left
         torch.testing.assert_close(rollout.returns[ends], expected[ends])
 
     model = agent(
-        counters(truncate=False), gamma=1.0, gae_lambda=1.0, learning_rate=0.0
+        counters(truncate=False),
+        gamma=1.0,
+        gae_lambda=1.0,
+        learning_rate=0.0,
+        reward_scale=0.5,
     )
     with torch.no_grad():
         for p in model.policy.value_net.parameters():
             p.zero_()
     model.learn(2 * 16 * 3, Inspect(look))
+
+
+def test_memory_lasts_from_one_rollout_to_the_next() -> None:
+    """An episode of 20 steps over rollouts of 16: both halves are one sequence."""
+    rollouts: list[Rollout] = []
+    model = agent(counters(length=20), learning_rate=0.0)
+    model.learn(2 * 16 * 3, Inspect(lambda m: rollouts.append(m.rollout_buffer)))
+    first, second = rollouts
+    with torch.no_grad():
+        _, _, end = model.policy.evaluate_sequence(
+            first.obs, first.states[0], first.starts
+        )
+    assert not second.starts[0].any() and end.any()
+    torch.testing.assert_close(second.states[0], end)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
@@ -572,6 +591,11 @@ def test_episode_statistics(kind: str) -> None:
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         agent(counters(), **settings)
+
+
+def test_a_numpy_vector_environment_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a gymnasium VectorEnv in numpy"):
+        agent(gymnasium.make_vec("CartPole-v1", 2))
 
 
 # --- no waiting for the device --------------------------------------------------------
@@ -813,6 +837,8 @@ def test_vec_normalize(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(seen, again)
     np.testing.assert_array_equal(ours.ret_rms.var, theirs.ret_rms.var)
     loaded.learn(48, reset_num_timesteps=False)
+    with pytest.raises(ValueError, match="learned on normalised observations"):
+        RecurrentPPO.load(tmp_path / "a", env=env().venv)
 
 
 def test_environment_ids_and_single_environments() -> None:
