@@ -1,0 +1,308 @@
+"""Environments whose B copies are one set of tensors.
+
+Letters in shapes: B copies, n uniform numbers per copy.
+
+A task is three pure functions, `start`, `advance` and `observe`; `TensorVectorEnv`
+makes a `gymnasium.vector.VectorEnv` of them and owns what all tasks share: random
+numbers, time limit, autoreset, statistics, checks. `SingleEnv` is the same task for
+everyone else: one copy, in numpy.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.spaces import Space
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from jaxtyping import Bool, Float32, Int64
+from torch import Tensor
+
+from rlrnn.seeding import derive
+
+State = dict[str, Tensor]
+Infos = dict[str, Tensor]
+
+# ---------------------------------------------------------------- random numbers
+# Number j of copy i is mix(stream_i + j·GAMMA): no generator, no order of evaluation,
+# so a copy draws the same numbers in any company and on any device. Counter and GAMMA
+# as in SplitMix64 (Steele et al. 2014), the mixer is Evensen's moremur (2019). int64
+# wraps like uint64, but `>>` copies the sign bit, hence the masks.
+
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_HALF = torch.tensor(0.5, dtype=torch.float32)
+
+
+def _mix(x: Int64[Tensor, "*any"]) -> Int64[Tensor, "*any"]:
+    """moremur without its last shift, which would leave the top 27 bits alone."""
+    x = ((x >> 27) & (2**37 - 1)).bitwise_xor_(x).mul_(0x3C79AC492BA7B653)
+    return ((x >> 33) & (2**31 - 1)).bitwise_xor_(x).mul_(0x1C69B3F74AC4AE35)
+
+
+def streams(
+    seed: int, num_envs: int, device: torch.device | str = "cpu"
+) -> Int64[Tensor, "B 1"]:
+    """The start of copy i's stream: a hash of (seed, i), whatever `num_envs` is."""
+    index = torch.arange(1, num_envs + 1, device=device)
+    return _mix(index * GAMMA + derive(seed, "envs"))[:, None]
+
+
+def offsets(n: int, device: torch.device | str = "cpu") -> Int64[Tensor, "n"]:
+    """What `uniform` adds to a stream to draw n numbers."""
+    return torch.arange(1, n + 1, device=device) * GAMMA
+
+
+def uniform(
+    stream: Int64[Tensor, "B 1"], offsets: Int64[Tensor, "n"]
+) -> tuple[Float32[Tensor, "B n"], Int64[Tensor, "B 1"]]:
+    """The next n numbers of each stream, uniform in [0, 1), and the stream after them.
+
+    They are multiples of 2^-24. `(u * m).long()` is a fair integer below m for any
+    m ≪ 2^24, and never m itself: (1 - 2^-24)·m rounds down in float32.
+    """
+    counters = stream + offsets
+    top = _mix(counters) >> 40  # signed: -2^23 ... 2^23 - 1
+    return torch.add(_HALF, top, alpha=2**-24), counters[:, -1:]
+
+
+# ------------------------------------------------------------------- the two faces
+
+
+class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
+    """B copies of a task: gymnasium's `VectorEnv`, with tensors on `device`.
+
+    `step(actions)` gives `obs, rewards, terminated, truncated, infos`. A copy that is
+    done is reset in the same step (SAME_STEP): `obs` then opens the next episode.
+    `infos` always holds these tensors, for all copies:
+
+    | key              |          | meaning                                           |
+    |------------------|----------|---------------------------------------------------|
+    | `final_obs`      | [B, ...] | `obs` as before the autoreset; the same elsewhere |
+    | `episode_return` | [B]      | rewards of the episode so far, with this step     |
+    | `episode_length` | [B]      | steps of the episode so far, with this step       |
+
+    `truncated` is set after `max_episode_steps` steps, unless the task `terminated`.
+    Nothing in `step` waits for the device. So actions are checked for shape, dtype and
+    device, not for their values: those must lie in `single_action_space`.
+
+    `reset(seed=s)` gives copy i the episodes of (s, i), the same for every `num_envs`;
+    `reset()` starts new episodes further along the same streams. All that changes is
+    `state`, tensors that are replaced and never written to; `state_dict` and
+    `load_state_dict` resume to the same bits.
+
+    A task is a subclass with `start`, `advance` and `observe`: pure functions, row by
+    row, without a Python loop over copies and without waiting for the device. They
+    take random numbers as an argument, uniform in [0, 1): `start_draws` and
+    `step_draws` say how many.
+    """
+
+    metadata: dict[str, Any] = {
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+        "tensor": True,
+        "render_modes": [],
+    }
+    start_draws: ClassVar[int] = 0
+    step_draws: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        num_envs: int,
+        observation_space: Space[Any],
+        action_space: Space[Any],
+        *,
+        max_episode_steps: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}: give at least 1")
+        self.num_envs = num_envs
+        self.single_observation_space = observation_space
+        self.single_action_space = action_space
+        self.observation_space = batch_space(observation_space, num_envs)
+        self.action_space = batch_space(action_space, num_envs)
+        self.max_episode_steps = max_episode_steps
+        example = torch.from_numpy(
+            np.zeros(action_space.shape or (), action_space.dtype)
+        )
+        self._action_dtype = example.dtype
+        self._action_shape = (num_envs, *example.shape)
+        self._draws = [self.start_draws, self.step_draws]
+        self._offsets = offsets(sum(self._draws), device)
+        self.device = self._offsets.device  # "cuda" has become "cuda:0"
+        self.state: State = {}
+
+    @abstractmethod
+    def start(self, u: Float32[Tensor, "B n"]) -> State:
+        """The state in which episodes begin, for all B copies; tensors [B, ...]."""
+
+    @abstractmethod
+    def advance(
+        self, state: State, actions: Tensor, u: Float32[Tensor, "B n"]
+    ) -> tuple[State, Float32[Tensor, "B"], Bool[Tensor, "B"]]:
+        """The next state (the keys of `start`), the rewards, and who terminated.
+
+        `state["episode_length"]` holds the steps before this one.
+        """
+
+    @abstractmethod
+    def observe(self, state: State) -> Tensor:
+        """Observations [B, ...] in memory of their own, never a view of the state."""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Infos]:
+        if options:
+            raise ValueError(f"options is {options}: this task has none, leave it out")
+        super().reset(seed=seed)
+        if seed is not None or not self.state:
+            assert self.np_random_seed is not None  # drawn on first use without a seed
+            stream = streams(self.np_random_seed, self.num_envs, self.device)
+        else:
+            stream = self.state["stream"]
+        self.state = self._first_state(stream)
+        return self.observe(self.state), {}
+
+    def step(
+        self, actions: Tensor
+    ) -> tuple[
+        Tensor, Float32[Tensor, "B"], Bool[Tensor, "B"], Bool[Tensor, "B"], Infos
+    ]:
+        if not self.state:
+            raise ResetNeeded("step() was called before reset(): call reset() first")
+        self._check(actions)
+        before = self.state
+        u, stream = uniform(before["stream"], self._offsets)
+        u_start, u_step = u.split_with_sizes(self._draws, dim=1)
+
+        after, rewards, terminated = self.advance(before, actions, u_step)
+        lengths = before["episode_length"] + 1
+        returns = before["episode_return"] + rewards
+        if self.max_episode_steps is None:
+            truncated, done = torch.zeros_like(terminated), terminated
+        else:
+            late = lengths >= self.max_episode_steps
+            truncated, done = late > terminated, late | terminated  # late and not term.
+        final_obs = self.observe(after)
+
+        fresh = self.start(u_start)
+        self.state = {
+            "stream": stream,
+            "episode_length": lengths.masked_fill(done, 0),
+            "episode_return": returns.masked_fill(done, 0.0),
+        }
+        for key, value in fresh.items():
+            rows = done.view(-1, *[1] * (value.ndim - 1))
+            self.state[key] = torch.where(rows, value, after[key])
+        infos = {
+            "final_obs": final_obs,
+            "episode_return": returns,
+            "episode_length": lengths,
+        }
+        return self.observe(self.state), rewards, terminated, truncated, infos
+
+    def state_dict(self) -> State:
+        """A copy of all that a later `load_state_dict` needs; empty before `reset`."""
+        return {key: value.clone() for key, value in self.state.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Continue where `state_dict` was taken; any device, the same task and B."""
+        ours = self._first_state(streams(0, self.num_envs, self.device))
+        for key in ours.keys() | state.keys():
+            given, expected = _form(state.get(key)), _form(ours.get(key))
+            if given != expected:
+                raise ValueError(
+                    f"state[{key!r}] is {given}, expected {expected}: "
+                    "load it into the same task with the same num_envs"
+                )
+        self.state = {key: state[key].to(self.device, copy=True) for key in ours}
+
+    def _first_state(self, stream: Int64[Tensor, "B 1"]) -> State:
+        u, stream = uniform(stream, self._offsets)
+        zeros = torch.zeros(self.num_envs, device=self.device, dtype=torch.float32)
+        return {
+            "stream": stream,
+            "episode_length": zeros.long(),
+            "episode_return": zeros,
+            **self.start(u[:, : self.start_draws]),
+        }
+
+    def _check(self, actions: Tensor) -> None:
+        if not (
+            isinstance(actions, Tensor)
+            and actions.shape == self._action_shape
+            and actions.dtype == self._action_dtype
+            and actions.device == self.device
+        ):
+            given = _form(actions)
+            if isinstance(actions, Tensor):
+                given += f" on {actions.device}"
+            raise ValueError(
+                f"actions are {given}, expected {self._action_dtype} "
+                f"{list(self._action_shape)} on {self.device}: convert them"
+            )
+
+
+def _form(value: object) -> str:
+    """`torch.int64 [8]`, or `nothing` if missing, for messages."""
+    if value is None:
+        return "nothing"
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{value.dtype} {list(value.shape)}"
+
+
+class SingleEnv(gymnasium.Env[Any, Any]):
+    """One copy of a tensor task as an ordinary `gymnasium.Env`, in numpy.
+
+    Seeded alike, it plays the episodes of copy 0 of a `TensorVectorEnv`, step by step:
+    the task has reset itself when an episode ends, and `reset()` then shows that start.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}
+
+    def __init__(self, vector: TensorVectorEnv) -> None:
+        if vector.num_envs != 1:
+            raise ValueError(
+                f"num_envs is {vector.num_envs}: SingleEnv is for one copy"
+            )
+        self.vector = vector
+        self.observation_space = vector.single_observation_space
+        self.action_space = vector.single_action_space
+        self._next_start: Tensor | None = None  # known when an episode is over
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        if seed is None and not self.vector.state:
+            seed = self.np_random_seed  # so that this seed repeats the run
+        if seed is None and self._next_start is not None and not options:
+            obs = self._next_start
+        else:
+            obs, _ = self.vector.reset(seed=seed, options=options)
+        self._next_start = None
+        return _numpy(obs), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self._next_start is not None:
+            raise ResetNeeded("step() after the end of an episode: call reset() first")
+        if not self.action_space.contains(action):
+            raise ValueError(
+                f"action is {action!r}, expected a member of {self.action_space}"
+            )
+        actions = torch.as_tensor(
+            np.asarray(action, self.action_space.dtype), device=self.vector.device
+        )
+        obs, rewards, terminated, truncated, infos = self.vector.step(actions[None])
+        ended = bool(terminated), bool(truncated)
+        if any(ended):
+            self._next_start = obs
+        return _numpy(infos["final_obs"]), float(rewards), *ended, {}
+
+
+def _numpy(batch: Tensor) -> Any:
+    """Row 0 as numpy: an array, or a scalar where the space has no axes."""
+    return batch[0].cpu().numpy()[()]
