@@ -212,8 +212,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """Play, remember, and estimate advantages; False if `callback` says stop.
 
         A new `self.rollout_buffer` takes the place of the old one, which is ignored.
-        Among the locals, callbacks find `dones` and `infos` as the environment gave
-        them: tensors, if it is a tensor environment.
+        Callbacks find the locals that Stable-Baselines3 has; `dones` and `infos` are as
+        the environment gave them: tensors, if it is a tensor environment.
         """
         self.policy.set_training_mode(False)
         source = source_of(env, self.device)
@@ -242,18 +242,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
                     final_values = self.policy.value(step.final_obs, state, on)
             played.append((obs, actions, starts, values, log_probs, final_values))
             earned.append((step.rewards, step.terminated, step.truncated))
-
-            obs, starts = step.obs, step.starts
+            obs, rewards, starts = step.obs, step.rewards, step.starts
             # at each step, so that a callback may save
             self._last_obs, self._last_episode_starts = obs, starts  # type: ignore[assignment]
             self._last_state = state
             self.num_timesteps += env.num_envs
-            new_obs, rewards, dones, infos = (
-                step.obs,
-                step.rewards,
-                step.dones,
-                step.infos,
-            )
+            new_obs, dones, infos = obs, step.dones, step.infos  # for callbacks
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -489,8 +483,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
     ) -> None:
         """One .zip for `load`: settings, spaces and `state_dict()`, without any code.
 
-        A path without a suffix gets `.zip`. Functions and classes of one's own, such as
-        a learning rate that is a lambda, are left out, and `load` asks for them.
+        A path that does not end in `.zip` gets it. Functions and classes of one's own,
+        such as a lambda as learning rate, are left out, and `load` asks for them.
         """
         settings: dict[str, Any] = {}
         missing: list[str] = []
