@@ -12,7 +12,7 @@ def clipped_surrogate(
 ) -> Float[Tensor, ""]:
     """PPO's objective as a loss (Schulman et al. 2017, eq. 7), to be minimised.
 
-        -E[min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)],  r = exp(log_ratio)
+    -E[min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)],  r = exp(log_ratio)
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - epsilon, 1 + epsilon)

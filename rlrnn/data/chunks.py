@@ -1,6 +1,6 @@
 """Sequences end to end in streams: the one form in which data reaches a trainer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -103,6 +103,11 @@ class Problem:
     valid: Streams
     test: Streams
     vocabulary: str | None = None  # character i is `vocabulary[i]`; 0 is unknown
+
+    def to(self, device: torch.device) -> "Problem":
+        """The same problem, with its streams on `device`."""
+        names = ("train", "probe", "valid", "test")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def next_symbol_streams(symbols: np.ndarray, batch: int) -> Streams:

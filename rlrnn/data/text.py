@@ -44,40 +44,32 @@ def read_text(path: str | Path) -> str:
         ) from None
 
 
-@lru_cache(maxsize=4)
-def standard_library(limit: int, part: int = 0, parts: int = 1) -> str:
-    """About `limit` characters of the sources of the running standard library.
+@lru_cache(maxsize=2)
+def standard_library(half: int) -> str:
+    """The sources of half of the running standard library's modules, 0 or 1.
 
     Modules come in a fixed order that looks random (by the CRC of their names), so
-    that neighbouring splits are alike. With `parts`, the modules are dealt into that
-    many disjoint sets, and `part` is the one to read.
+    that neighbouring splits are alike, and are dealt in turn to the two halves.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
-    names = [
-        path.relative_to(root)
-        for path in root.rglob("*.py")
-        if not skipped & set(path.relative_to(root).parts)
-    ]
+    names = [path.relative_to(root) for path in root.rglob("*.py")]
     ranked = sorted(
-        (zlib.crc32(name.as_posix().encode()), name.as_posix()) for name in names
+        (zlib.crc32(name.as_posix().encode()), name.as_posix())
+        for name in names
+        if not skipped & set(name.parts)
     )
-    texts: list[str] = []
-    size = 0
-    for _, name in ranked[part::parts]:
+    texts = []
+    for _, name in ranked[half::2]:
         try:
-            text = (root / name).read_text("utf-8")
+            texts.append((root / name).read_text("utf-8"))
         except (OSError, UnicodeDecodeError):
             continue
-        texts.append(text)
-        size += len(text)
-        if size >= limit:
-            break
     if not texts:
         raise DataError(
             f"no Python sources in {root}: give a text with --data.path FILE"
         )
-    return "".join(texts)[:limit]
+    return "".join(texts)
 
 
 def text_problem(text: str, batch: int, source: str) -> Problem:

@@ -1,0 +1,191 @@
+"""Supervised training as an environment: one episode is one run."""
+
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+
+from rlrnn import seeding
+from rlrnn.control import ACTIONS, FEATURES, Codec, Knobs, Signals
+from rlrnn.tasks import Task, Tasks, build_trainer
+
+LOSS_FLOOR = 1e-3  # nats: below it a run is solved, and its logarithm is noise
+
+
+def log_loss(signals: Signals) -> float:
+    """The logarithm of the probe loss of one run, floored."""
+    return float(np.log(max(signals.probe_loss[0], LOSS_FLOOR)))
+
+
+class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
+    """Set the learning rate and the truncation of a training run while it goes on.
+
+    An episode trains one model on one task, until its budget of tokens is spent.
+
+    - Observation: `Box(-5, 5, (26,))`, the `rlrnn.control.FEATURES`, free of scale.
+    - Action: `MultiDiscrete([7, 3])`, a factor on the rate and one on the truncation.
+    - Reward: the fall of the log probe loss (nats) in the interval. Undiscounted, an
+      episode's return is log(first loss / last loss).
+    - Start: fresh weights, their probe loss, and a range test.
+    - Terminated: the budget is spent (the agent sees it coming), or training failed,
+      by three recoveries from divergence in a row. Truncated: never.
+
+    Action (3, 1) leaves the prior alone, warm-up and cosine at the rate of the range
+    test. `info` has `episode_index`, `decision`, the `knobs` and the `signals`.
+
+    Args:
+        tasks: a distribution to draw each episode's task from, or one task for all.
+        task_seed: environments with the same one play the same tasks in the same
+            order, whatever they are seeded with; None: drawn from the reset's seed.
+        device: of the training.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(
+        self,
+        tasks: Tasks | Task | None = None,
+        task_seed: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.tasks = Tasks() if tasks is None else tasks
+        self.task_seed = task_seed
+        self.device = device
+        self.codec = Codec()
+        self.observation_space = spaces.Box(-5.0, 5.0, (len(FEATURES),), np.float32)
+        self.action_space = spaces.MultiDiscrete(ACTIONS)
+        self.episode_index = -1
+        self.task: Task | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.episode_index = 0 if seed is not None else self.episode_index + 1
+        if isinstance(self.tasks, Task):
+            self.task = self.tasks
+        else:
+            if self.task_seed is None:
+                rng = self.np_random
+            else:
+                words = (self.task_seed, "task", self.episode_index)
+                rng = np.random.default_rng(seeding.derive(*words))
+            self.task = self.tasks.draw(rng)
+        self.trainer = build_trainer(self.task, self.device)
+        self.signals = self.trainer.start(range_test=True)
+        self.reward_sum = 0.0
+        observation, self.codec_state = self.codec.observe(
+            self.signals, self.codec.init(1)
+        )
+        return observation[0], self._info()
+
+    def step(
+        self, action: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        if self.task is None:
+            raise RuntimeError("step before the first reset: call reset()")
+        actions = np.asarray(action)[None]
+        knobs, state = self.codec.act(actions, self.signals, self.codec_state)
+        before = log_loss(self.signals)
+        self.signals = self.trainer.step(knobs)
+        reward = before - log_loss(self.signals)
+        observation, self.codec_state = self.codec.observe(self.signals, state)
+        self.reward_sum += reward
+        terminated = self.trainer.done
+        info = self._info(knobs)
+        if terminated:
+            length = self.trainer.decision
+            info["episode"] = {"r": self.reward_sum, "l": length, "t": 0.0}
+        return observation[0], reward, terminated, False, info
+
+    def _info(self, knobs: Knobs | None = None) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "episode_index": self.episode_index,
+            "decision": self.trainer.decision,
+            "signals": {k: v for k, v in self.signals.to_row().items() if v == v},
+        }
+        if knobs is not None:
+            info["knobs"] = {
+                name: value[0].item() for name, value in vars(knobs).items()
+            }
+        return info
+
+    # --- resuming -------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A tree with which the same environment goes on to the same bits."""
+        tree: dict[str, Any] = {
+            "episode_index": self.episode_index,
+            "rng": self.np_random.bit_generator.state,
+            "started": self.task is not None,
+        }
+        if self.task is not None:
+            tree["task"] = task_to_tree(self.task)
+            tree["trainer"] = self.trainer.state_dict()
+            tree["signals"] = vars(self.signals)
+            tree["codec"] = self.codec_state
+            tree["reward_sum"] = self.reward_sum
+        return tree
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        self.episode_index = tree["episode_index"]
+        self.np_random.bit_generator.state = tree["rng"]
+        if tree["started"]:
+            self.task = task_from_tree(tree["task"])
+            self.trainer = build_trainer(self.task, self.device)
+            self.trainer.load_state_dict(tree["trainer"])
+            self.signals = Signals(**tree["signals"])
+            self.codec_state = tree["codec"]
+            self.reward_sum = tree["reward_sum"]
+
+
+class GroupBaseline(VecEnvWrapper):
+    """Takes the group's mean reward from each reward.
+
+    The environments of a group (`size` neighbours) play the same tasks, from the same
+    weights, over the same data. What they have in common is not the agent's doing, and
+    with equal lengths and gamma = 1 this makes the return "return - group mean". Where
+    a member has failed and is an episode ahead, it is compared with nobody.
+    """
+
+    def __init__(self, venv: VecEnv, size: int) -> None:
+        super().__init__(venv)
+        if size < 2 or venv.num_envs % size:
+            raise ValueError(
+                f"group is {size}, expected at least 2 and a divisor of the "
+                f"{venv.num_envs} environments"
+            )
+        self.size = size
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        place = np.array([(i["episode_index"], i["decision"]) for i in infos])
+        raw = np.asarray(rewards, np.float64)
+        groups = np.arange(len(raw)) // self.size
+        same = (place[:, None] == place[None]).all(2)
+        same &= groups[:, None] == groups[None]
+        centred = raw - (same @ raw) / same.sum(1)
+        return obs, centred.astype(np.float32), dones, infos
+
+
+def task_to_tree(task: Task) -> dict[str, Any]:
+    return {
+        "data": vars(task.data),
+        "model": vars(task.model),
+        "training": vars(task.training),
+        "seed": task.seed,
+    }
+
+
+def task_from_tree(tree: dict[str, Any]) -> Task:
+    parts = (Task().data, Task().model, Task().training)
+    names = ("data", "model", "training")
+    built = [type(p)(**tree[n]) for n, p in zip(names, parts, strict=True)]
+    return Task(*built, seed=tree["seed"])  # type: ignore[arg-type]

@@ -1,0 +1,222 @@
+"""The three flows' options: typed, with their sentence of help, and their ranges."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlrnn.recurrent import Cell
+from rlrnn.tasks import (
+    DataConfig,
+    ModelConfig,
+    Tasks,
+    at_least,
+    one_of,
+)
+from rlrnn.training import TrainingConfig
+
+Track = Literal["auto", "online", "offline", "disabled"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is written, and who is told.
+
+    Args:
+        folder: new or empty; without one, runs/ and a name with the date.
+        track: Weights & Biases: online if there is a key and offline if not (auto),
+            online, offline, or disabled.
+        project: in Weights & Biases.
+        group: of runs that belong to one experiment.
+        keep: the number of latest checkpoints, beside the best.
+    """
+
+    folder: str | None = None
+    track: Track = "auto"
+    project: str = "rlrnn"
+    group: str | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        one_of("run.track", self.track, Track)
+        at_least("run.keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The recurrent agent and its PPO (Schulman et al. 2017).
+
+    Args:
+        cell: lstm, gru or rnn.
+        hidden_size: units of a recurrent layer.
+        layers: recurrent layers.
+        shared: the critic reads the actor's recurrent output.
+        net_arch: widths of the layers after the recurrent ones, in actor and critic.
+        learning_rate: of Adam.
+        anneal: the learning rate falls linearly to zero.
+        n_steps: of a rollout, in each environment.
+        batch_size: steps of a minibatch: whole columns of the rollout.
+        n_epochs: passes over a rollout.
+        gamma: discount.
+        gae_lambda: of generalised advantage estimation.
+        clip_range: of PPO's ratio.
+        ent_coef: weight of the entropy bonus.
+        vf_coef: weight of the value loss.
+        max_grad_norm: above which gradients are scaled down.
+        reward_scale: what the agent's rewards are multiplied by; returns are reported
+            without it.
+    """
+
+    cell: Cell = "lstm"
+    hidden_size: int = 64
+    layers: int = 1
+    shared: bool = False
+    net_arch: list[int] = field(default_factory=lambda: [64])
+    learning_rate: float = 1e-3
+    anneal: bool = True
+    n_steps: int = 128
+    batch_size: int = 512
+    n_epochs: int = 4
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    ent_coef: float = 0.0
+    vf_coef: float = 0.5
+    max_grad_norm: float = 0.5
+    reward_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of("agent.cell", self.cell, Cell)
+        for name in ("hidden_size", "layers", "n_steps", "batch_size", "n_epochs"):
+            at_least(f"agent.{name}", getattr(self, name), 1)
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(
+                    f"agent.{name} is {getattr(self, name)}, expected 0 to 1"
+                )
+        for name in ("learning_rate", "clip_range", "max_grad_norm", "reward_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"agent.{name} is {getattr(self, name)}, expected a number above 0"
+                )
+        for name in ("ent_coef", "vf_coef"):
+            at_least(f"agent.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a recurrent agent on an environment.
+
+    Args:
+        env: a gymnasium id; `rlrnn/...` ones are tensor-native.
+        envs: copies that are played side by side.
+        steps: to play in all, over all copies.
+        eval_episodes: to judge the trained agent on.
+        agent: the agent.
+        seed: of everything random.
+        device: auto (the GPU if there is one), cpu or cuda.
+        threads: of torch on the CPU; small networks are fastest with one.
+        checkpoint_every: updates between two checkpoints.
+        run: the run folder and its tracking.
+    """
+
+    env: str = "rlrnn/CartPoleHiddenVelocity-v0"
+    envs: int = 16
+    steps: int = 200_000
+    eval_episodes: int = 20
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    checkpoint_every: int = 10
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("envs", "steps", "eval_episodes", "threads", "checkpoint_every"):
+            at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Train a recurrent model on sequences, under a controller.
+
+    Args:
+        data: what is learned.
+        model: what learns it.
+        training: how, and the budget.
+        controller: learned, prior, constant, cosine, plateau, or a controller file.
+        lr: the rate of constant, cosine (its peak) or plateau (its first).
+        truncation: K of constant, cosine or plateau.
+        seed: of the initial weights and of synthetic data.
+        device: auto (the GPU if there is one), cpu or cuda.
+        threads: of torch on the CPU; small networks are fastest with one.
+        run: the run folder and its tracking.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    controller: str = "learned"
+    lr: float = 1e-3
+    truncation: int = 32
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 1
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        at_least("threads", self.threads, 1)
+        if not 0 < self.lr <= 10:
+            raise ValueError(f"lr is {self.lr}, expected above 0 and at most 10")
+        if not 1 <= self.truncation <= 1024:
+            raise ValueError(f"truncation is {self.truncation}, expected 1 to 1024")
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Train a controller: the recurrent agent on the tuning environment.
+
+    Args:
+        tasks: the distribution of training runs.
+        episodes: training runs to play in all.
+        envs: runs that are played side by side, each in a process of its own.
+        group: neighbours that play the same task, and are compared with each other.
+        eval_tasks: fresh tasks on which controller and prior are compared at the end.
+        agent: the agent; a rollout is agent.n_steps decisions.
+        seed: of everything random.
+        device: of the agent and the training runs: auto, cpu or cuda.
+        threads: of torch in each process.
+        checkpoint_every: updates between two checkpoints.
+        run: the run folder and its tracking.
+    """
+
+    tasks: Tasks = field(default_factory=Tasks)
+    episodes: int = 2000
+    envs: int = 16
+    group: int = 8
+    eval_tasks: int = 24
+    agent: AgentConfig = field(
+        default_factory=lambda: AgentConfig(
+            hidden_size=32,
+            net_arch=[32],
+            learning_rate=2e-3,
+            n_steps=24,
+            batch_size=96,
+            n_epochs=8,
+            gamma=1.0,
+            gae_lambda=0.98,
+        )
+    )
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_every: int = 5
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "envs", "threads", "checkpoint_every"):
+            at_least(name, getattr(self, name), 1)
+        at_least("eval_tasks", self.eval_tasks, 0)
+        if self.group < 2 or self.envs % self.group:
+            raise ValueError(
+                f"group is {self.group}, expected at least 2 and a divisor of the "
+                f"{self.envs} envs"
+            )

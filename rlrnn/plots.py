@@ -1,0 +1,70 @@
+"""Pictures of runs, from the rows of `metrics.jsonl`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def _series(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
+    """The rows that have both, as two columns."""
+    both = [(row[x], row[y]) for row in rows if x in row and y in row]
+    return [float(a) for a, _ in both], [float(b) for _, b in both]
+
+
+def _figure(rows: int, height: float) -> Any:
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
+
+
+def plot_returns(rows: Rows, path: Path, title: str, solved: float | None) -> Path:
+    """An agent's learning curve: mean return of recent episodes over steps."""
+    figure, (axis,) = _figure(1, 4)
+    axis.plot(*_series(rows, "env_steps", "rollout/ep_rew_mean"))
+    if solved is not None:
+        axis.axhline(solved, color="grey", linestyle="--", linewidth=1)
+        axis.text(0, solved, f" {solved:g}", va="bottom", color="grey")
+    axis.set(xlabel="environment steps", ylabel="return (mean of 100 episodes)")
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_fits(fits: Mapping[str, Rows], path: Path, title: str) -> Path:
+    """Loss, learning rate and truncation of runs over tokens, one colour per run."""
+    figure, axes = _figure(3, 8)
+    panels = (
+        ("fit/probe_loss", "probe loss (nats)"),
+        ("decision/lr", "learning rate"),
+        ("decision/truncation", "truncation K (steps)"),
+    )
+    for axis, (key, label) in zip(axes, panels, strict=True):
+        for name, rows in fits.items():
+            style = "default" if key == "fit/probe_loss" else "steps-pre"
+            axis.plot(
+                *_series(rows, "tokens", key), label=name, drawstyle=style, alpha=0.85
+            )
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[2].set_yscale("log", base=2)
+    axes[0].legend()
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("tokens")
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_tuning(rows: Rows, path: Path) -> Path:
+    """Meta-training: what an episode gains on its prior's loss, over episodes."""
+    figure, (axis,) = _figure(1, 4)
+    axis.plot(*_series(rows, "episodes", "tune/log_loss_fall"))
+    axis.set(xlabel="training runs played", ylabel="mean log(first / last probe loss)")
+    axis.set_title("meta-training (sampled actions)")
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path

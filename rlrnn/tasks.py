@@ -1,0 +1,209 @@
+"""A supervised task, from its description to a trainer; and tasks drawn at random."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+
+from rlrnn import seeding
+from rlrnn.data.chunks import Problem
+from rlrnn.data.synthetic import copy_problem, markov_problem
+from rlrnn.data.text import read_text, standard_library, text_problem
+from rlrnn.device import resolve_device
+from rlrnn.models import SequenceModel
+from rlrnn.recurrent import Cell
+from rlrnn.training import Optimizer, Trainer, TrainingConfig
+
+Kind = Literal["text", "markov", "copy"]
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """One line for a number that is too small."""
+    if not value >= least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
+
+
+def one_of(name: str, value: str, choices: object) -> None:
+    """One line for a name that is none of `choices`, a Literal."""
+    if value not in get_args(choices):
+        raise ValueError(
+            f"{name} is {value!r}, expected one of {', '.join(get_args(choices))}"
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is learned.
+
+    Args:
+        kind: text (characters), markov or copy (synthetic).
+        path: a UTF-8 text file; without one, the sources of the standard library.
+        batch: streams that are read side by side.
+        size: symbols, of a text at most; characters after them are not read.
+        skip: characters of a text to leave out before.
+        half: of the standard library's modules, 0 or 1 (meta-training reads 1).
+        symbols: of the synthetic kinds.
+        memory: how many steps back a synthetic sequence reaches.
+    """
+
+    kind: Kind = "text"
+    path: str | None = None
+    batch: int = 32
+    size: int = 3_000_000
+    skip: int = 0
+    half: int = 0
+    symbols: int = 16
+    memory: int = 8
+
+    def __post_init__(self) -> None:
+        one_of("data.kind", self.kind, Kind)
+        at_least("data.batch", self.batch, 1)
+        at_least("data.size", self.size, 1)
+        at_least("data.skip", self.skip, 0)
+        at_least("data.symbols", self.symbols, 2)
+        at_least("data.memory", self.memory, 1)
+        if self.half not in (0, 1):
+            raise ValueError(f"data.half is {self.half}, expected 0 or 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What learns it.
+
+    Args:
+        cell: lstm, gru or rnn.
+        hidden_size: units of a layer.
+        layers: how many lie on top of each other.
+        embedding_size: of a symbol; without one, the smaller of hidden_size and 64.
+    """
+
+    cell: Cell = "lstm"
+    hidden_size: int = 128
+    layers: int = 1
+    embedding_size: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("model.cell", self.cell, Cell)
+        at_least("model.hidden_size", self.hidden_size, 1)
+        at_least("model.layers", self.layers, 1)
+        if self.embedding_size is not None:
+            at_least("model.embedding_size", self.embedding_size, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One supervised run: data, model, training, and the seed of its weights."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = 0
+
+
+@lru_cache(maxsize=8)
+def _text(path: str) -> str:
+    return read_text(path)
+
+
+def build_problem(task: Task) -> Problem:
+    """The task's data, on the CPU. Raises DataError if a file cannot be used."""
+    data = task.data
+    if data.kind == "text":
+        if data.path is not None:
+            text, source = _text(data.path), data.path
+        else:
+            text, source = standard_library(data.half), "the standard library"
+        return text_problem(text[data.skip : data.skip + data.size], data.batch, source)
+    rng = np.random.default_rng(seeding.derive(task.seed, "data"))
+    make = markov_problem if data.kind == "markov" else copy_problem
+    return make(rng, data.size, data.batch, data.symbols, data.memory)
+
+
+def build_trainer(task: Task, device: str = "cpu") -> Trainer:
+    """A trainer that has not started, with everything on `device`."""
+    place = resolve_device(device)
+    problem = build_problem(task).to(place)
+    model = task.model
+    with seeding.initialising(task.seed, "model"):
+        network = SequenceModel(
+            problem.inputs,
+            problem.outputs,
+            model.hidden_size,
+            model.layers,
+            model.cell,
+            model.embedding_size,
+        )
+    return Trainer(network.to(place), problem, task.training)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A distribution of small tasks, for a controller to learn on.
+
+    Each list is drawn from uniformly; budgets log-uniformly between their ends.
+
+    Args:
+        kinds: of data.
+        cells: of models.
+        hidden_sizes: of models.
+        optimizers: of trainings.
+        batches: numbers of streams.
+        budget: the least and the greatest, in tokens.
+        decisions: of a run.
+    """
+
+    kinds: list[Kind] = field(default_factory=lambda: ["text", "text", "markov"])
+    cells: list[Cell] = field(default_factory=lambda: ["lstm", "gru"])
+    hidden_sizes: list[int] = field(default_factory=lambda: [32, 48, 64])
+    optimizers: list[Optimizer] = field(
+        default_factory=lambda: ["adam", "adam", "momentum"]
+    )
+    batches: list[int] = field(default_factory=lambda: [16, 32])
+    budget: tuple[float, float] = (60_000.0, 160_000.0)
+    decisions: int = 24
+
+    def __post_init__(self) -> None:
+        for name in ("kinds", "cells", "hidden_sizes", "optimizers", "batches"):
+            if not getattr(self, name):
+                raise ValueError(f"tasks.{name} is empty, expected at least one")
+        low, high = self.budget
+        if not 1 <= low <= high:
+            raise ValueError(
+                f"tasks.budget is {list(self.budget)}, expected [least, greatest]"
+            )
+
+    def draw(self, rng: np.random.Generator) -> Task:
+        """One task."""
+
+        def pick(name: str) -> int:
+            return int(rng.integers(len(getattr(self, name))))
+
+        kind = self.kinds[pick("kinds")]
+        batch = self.batches[pick("batches")]
+        low, high = self.budget
+        budget = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        if kind == "text":
+            data = DataConfig(
+                batch=batch, half=1, size=200_000, skip=int(rng.integers(2_000_000))
+            )
+        else:
+            data = DataConfig(
+                kind,
+                batch=batch,
+                size=150_000,
+                symbols=int(rng.integers(6, 25)),
+                memory=int(2 ** rng.uniform(1, 4.5)),
+            )
+        return Task(
+            data,
+            ModelConfig(
+                self.cells[pick("cells")], self.hidden_sizes[pick("hidden_sizes")]
+            ),
+            TrainingConfig(
+                budget,
+                self.optimizers[pick("optimizers")],
+                decisions=self.decisions,
+            ),
+            seed=int(rng.integers(2**31)),
+        )
