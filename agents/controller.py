@@ -86,7 +86,7 @@ def load_controller(path: str | os.PathLike[str] = SHIPPED) -> Steered:
         )
     policy = RecurrentPolicy(
         OBSERVATIONS,
-        spaces.MultiDiscrete(ACTIONS),
+        spaces.MultiDiscrete(list(ACTIONS)),
         lambda _: 0.0,
         **tree["policy_kwargs"],
     )

@@ -1,6 +1,6 @@
 """Supervised training as an environment: one episode is one run."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -11,7 +11,8 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from rlrnn import seeding
 from rlrnn.control import ACTIONS, FEATURES, Codec, Knobs, Signals
-from rlrnn.tasks import Task, Tasks, build_trainer
+from rlrnn.tasks import DataConfig, ModelConfig, Task, Tasks, build_trainer
+from rlrnn.training import TrainingConfig
 
 LOSS_FLOOR = 1e-3  # nats: below it a run is solved, and its logarithm is noise
 
@@ -44,7 +45,7 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         device: of the training.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata = {"render_modes": []}
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.device = device
         self.codec = Codec()
         self.observation_space = spaces.Box(-5.0, 5.0, (len(FEATURES),), np.float32)
-        self.action_space = spaces.MultiDiscrete(ACTIONS)
+        self.action_space = spaces.MultiDiscrete(list(ACTIONS))
         self.episode_index = -1
         self.task: Task | None = None
 
@@ -185,7 +186,9 @@ def task_to_tree(task: Task) -> dict[str, Any]:
 
 
 def task_from_tree(tree: dict[str, Any]) -> Task:
-    parts = (Task().data, Task().model, Task().training)
-    names = ("data", "model", "training")
-    built = [type(p)(**tree[n]) for n, p in zip(names, parts, strict=True)]
-    return Task(*built, seed=tree["seed"])  # type: ignore[arg-type]
+    return Task(
+        DataConfig(**tree["data"]),
+        ModelConfig(**tree["model"]),
+        TrainingConfig(**tree["training"]),
+        tree["seed"],
+    )

@@ -18,6 +18,7 @@ from rich.table import Table
 from rlrnn import flows, plots
 from rlrnn.cli import config_path, parse
 from rlrnn.config import FitConfig, RunConfig, TrainConfig
+from rlrnn.tasks import build_trainer
 from rlrnn.tracking import Mode, RunExistsError, read_metrics
 
 FITS = {
@@ -52,7 +53,7 @@ def demo(
     fit_config = replace(
         fit_config, data=replace(fit_config.data, path=text), seed=seed
     )
-    flows.build_trainer(flows.fit_task(fit_config), fit_config.device)  # fail early
+    build_trainer(flows.fit_task(fit_config), fit_config.device)  # fail early
     train_config: TrainConfig = _shipped("train", "cartpole_hidden_velocity")
     console.rule("1. train: an LSTM actor-critic on cart-pole without velocities")
     agent = flows.train(replace(train_config, seed=seed, run=place("train")))

@@ -495,6 +495,7 @@ class _TuningLog(BaseCallback):
             self.logger.record("tune/log_loss_fall", float(np.mean(self.falls)))
             self.logger.record("episodes", self.episodes)
             self.falls = []
+        assert isinstance(self.model, RecurrentPPO)
         rollout = self.model.rollout_buffer
         actions = np.asarray(rollout.actions.cpu())
         no_op = (actions == np.array([3, 1])).mean((0, 1))

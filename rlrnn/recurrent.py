@@ -7,7 +7,7 @@ it back.
 """
 
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ class Recurrent(nn.Module):
         hidden: list[Tensor] = []
         memory: list[Tensor] = []
         for layer in range(self.layers):
-            w_x, w_h, b_x, b_h = self.stack._flat_weights[4 * layer : 4 * layer + 4]
+            weights: list[Any] = self.stack._flat_weights[4 * layer : 4 * layer + 4]
+            w_x, w_h, b_x, b_h = weights
             h = state[layer]
             c = state[self.layers + layer] if self.cell == "lstm" else h
             gates = F.linear(x, w_x, b_x)  # [T, B, G*H]: one product for all steps

@@ -36,5 +36,5 @@ def initialising(seed: int, *names: str | int) -> Iterator[None]:
     on the CPU and move, so that every device starts from the same weights.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(derive(seed, *names))
+        torch.default_generator.manual_seed(derive(seed, *names))
         yield

@@ -238,7 +238,9 @@ class Trainer:
             for rate in (knobs.lr, knobs.lr_end)
         )
         snapshot = self._snapshot()
-        losses, norms, due = [], [], []
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        due: list[float] = []
         watched: dict[str, Tensor] = {}
         for window in range(windows):
             lr = begin + (end - begin) * (window + 0.5) / windows
@@ -280,7 +282,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         logits, state = self.model(chunk.x, self.hidden, chunk.starts)
         loss = masked_loss(logits, chunk, self.problem.train.density)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach(), self._update(state)
 
     def _update(self, state: Tensor) -> Tensor:
@@ -295,14 +297,16 @@ class Trainer:
         steps = len(chunk.x)
         half = steps // 2
         carried = self.hidden.requires_grad_()
-        starts = (None, None) if chunk.starts is None else chunk.starts.split(half)
-        first, middle = self.model(chunk.x[:half], carried, starts[0])
+        halves: tuple[Any, Any] = (None, None)
+        if chunk.starts is not None:
+            halves = chunk.starts[:half], chunk.starts[half:]
+        first, middle = self.model(chunk.x[:half], carried, halves[0])
         middle.retain_grad()
-        second, state = self.model(chunk.x[half:], middle, starts[1])
+        second, state = self.model(chunk.x[half:], middle, halves[1])
         loss = masked_loss(
             torch.cat((first, second)), chunk, self.problem.train.density
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         assert carried.grad is not None and middle.grad is not None
         tiny = torch.finfo(loss.dtype).tiny
         far, near = carried.grad.norm() + tiny, middle.grad.norm() + tiny
@@ -375,7 +379,7 @@ class Trainer:
             self.failures += 1
             self.lr_scale /= 2
             self.ceiling, self.held = lr / 2, 2
-            return self._signals(truncation=truncation, lr=lr, recovered=True)
+            return self._signals(truncation=truncation, lr=lr, recovered=1.0)
         self.failures = 0
         if losses:
             self.usual_loss += 0.3 * (mean - self.usual_loss)
@@ -395,7 +399,7 @@ class Trainer:
         self,
         truncation: int,
         lr: float = math.nan,
-        recovered: bool = False,
+        recovered: float = 0.0,
         **measured: float,
     ) -> Signals:
         decisions, budget = self.config.decisions, self.config.budget
@@ -420,7 +424,7 @@ class Trainer:
             "truncation_max": float(truncation if last else self._longest()),
             "range_lr": self.range_lr,
             "adaptive": float(self.config.power < 1),
-            "recovered": float(recovered),
+            "recovered": recovered,
             "lr_scale": self.lr_scale,
             "failed": float(self.failures >= GIVE_UP),
             **measured,
@@ -529,7 +533,9 @@ class _Snapshot:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    norms: tuple[Tensor, ...] = torch._foreach_norm(tensors)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
 
 
 def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -54,8 +54,8 @@ def copy_problem(
         due[:, -4:] = True
         starts = np.zeros(x.shape, bool)
         starts[:, 0] = True
-        x, y, due, starts = (a.reshape(-1, batch) for a in (x, y, due, starts))
-        return Streams(*map(torch.from_numpy, (x, y, starts, due)))
+        lines = (a.reshape(-1, batch) for a in (x, y, starts, due))
+        return Streams(*map(torch.from_numpy, lines))
 
     return Problem(
         inputs=symbols + 2,
