@@ -14,7 +14,7 @@ tuning environment and a run of `fit` are one thing.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,7 @@ class Signals:
         return {name: float(value[run]) for name, value in vars(self).items()}
 
 
+@runtime_checkable
 class Controller(Protocol):
     """Sets the knobs of n training runs. See the module's text."""
 
@@ -315,6 +316,7 @@ def default_lambda(power: Array) -> Array:
     return np.where(power < 1, 3e-3, 0.1)
 
 
+@runtime_checkable
 class Player(Protocol):
     """An agent at the codec: observations [n, D] in, actions [n, 2] out."""
 

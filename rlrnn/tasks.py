@@ -18,7 +18,7 @@ from rlrnn.training import Optimizer, Trainer, TrainingConfig
 Kind = Literal["text", "markov", "copy"]
 
 
-def at_least(name: str, value: float, least: float) -> None:
+def at_least(name: str, value: float | int, least: float | int) -> None:
     """One line for a number that is too small."""
     if not value >= least:
         raise ValueError(f"{name} is {value}, expected at least {least}")

@@ -250,7 +250,7 @@ class Trainer:
                     _, self.hidden = self.model(chunk.x, self.hidden, chunk.starts)
                 continue
             self._set_lr(lr)
-            if window == windows - 1 and losses:
+            if window == windows - 1 and losses and truncation > 1:
                 before = [p.grad for p in self.parameters if p.grad is not None]
                 loss, norm, watched = self._watched_window(chunk)
                 now = [p.grad for p in self.parameters if p.grad is not None]

@@ -125,7 +125,16 @@ PROBE_STREAMS = 4  # few and long, so that a probe of few tokens has memory to u
 def split_symbols(
     symbols: np.ndarray, batch: int, classes: int, vocabulary: str | None = None
 ) -> Problem:
-    """90 % for training (its last 5 % the probe), 5 % validation, 5 % test."""
+    """90 % for training (its last 5 % the probe), 5 % validation, 5 % test.
+
+    Raises ValueError if a part would have less than one step of its streams.
+    """
+    least = max(120, 2 * batch)
+    if len(symbols) < least:
+        raise ValueError(
+            f"data.size is {len(symbols)}, expected at least {least} for {batch} "
+            "streams"
+        )
     a, b, c = training_part(len(symbols))
     return Problem(
         inputs=classes,

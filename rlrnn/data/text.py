@@ -37,10 +37,10 @@ def read_text(path: str | Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        where = error.start + len(raw) - len(error.object)  # a byte-order mark is cut
         raise DataError(
-            f"{path} is not UTF-8 (byte 0x{raw[error.start]:02x} at offset "
-            f"{error.start}); convert it, for example with "
-            f"`iconv -f latin1 -t utf-8 {path.name}`"
+            f"{path} is not UTF-8 (byte 0x{raw[where]:02x} at offset {where}); "
+            f"convert it, for example with `iconv -f latin1 -t utf-8 {path.name}`"
         ) from None
 
 
