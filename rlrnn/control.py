@@ -84,7 +84,7 @@ class Controller(Protocol):
     def __call__(self, signals: Signals, state: State) -> tuple[Knobs, State]: ...
 
 
-def _knobs(lr: Array, lr_end: Array, truncation: float | Array) -> Knobs:
+def _knobs(lr: Array, lr_end: Array, truncation: int | Array) -> Knobs:
     whole = np.broadcast_to(np.asarray(truncation), lr.shape).astype(np.int64)
     return Knobs(lr.clip(*LR_BOUNDS), lr_end.clip(*LR_BOUNDS), whole)
 

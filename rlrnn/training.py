@@ -50,7 +50,7 @@ class TrainingConfig:
     optimizer: Optimizer = "adam"
     weight_decay: float = 0.0
     clip: float = 1.0
-    decisions: int = 48
+    decisions: int = 24
     probe_share: float = 0.02
     range_test_share: float = 0.04
 
@@ -489,13 +489,16 @@ class Trainer:
             setattr(self, name, state["numbers"][name])
 
 
-RANGE_MARGIN = 3.0  # measured: see docs/controller.md
+RANGE_SHARE = 0.8  # of the sweep's fall; measured: see docs/controller.md
 
 
 def suggest_lambda(rates: Array, losses: Array, truncation: int, power: float) -> float:
-    """Lambda for a run: the rate of the sweep at which the smoothed loss was lowest,
-    before it blew up, with a margin. NaN if the loss never fell by 2 %: the sweep was
-    too short to tell. Windows in which no loss was due are NaN in `losses`.
+    """Lambda for a run: the first rate of the sweep at which the smoothed loss has
+    fallen by most of what it falls before it blows up.
+
+    The lowest loss itself comes late, on a plateau: there the sweep has merely gone on
+    for longer. NaN if the loss never fell by 2 %: the sweep was too short to tell.
+    Windows in which no loss was due are NaN in `losses`.
     """
     known = ~np.isnan(losses)
     rates, losses = rates[known], losses[known]
@@ -509,8 +512,8 @@ def suggest_lambda(rates: Array, losses: Array, truncation: int, power: float) -
     smooth = np.convolve(losses[:end], kernel, mode="same")[:end] / weight
     if smooth.min() > 0.98 * level:
         return math.nan
-    best = rates[int(np.argmin(smooth))]
-    return float(best / RANGE_MARGIN / truncation**power)
+    target = level - RANGE_SHARE * (level - float(smooth.min()))
+    return float(rates[int(np.argmax(smooth <= target))] / truncation**power)
 
 
 def _mean(values: Any) -> float:
