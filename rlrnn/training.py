@@ -510,7 +510,7 @@ def suggest_lambda(rates: Array, losses: Array, truncation: int, power: float) -
     kernel = np.array([1.0, 2.0, 3.0, 2.0, 1.0])
     weight = np.convolve(np.ones(end), kernel, mode="same")[:end]
     smooth = np.convolve(losses[:end], kernel, mode="same")[:end] / weight
-    if smooth.min() > 0.98 * level:
+    if not math.isfinite(level) or smooth.min() > 0.98 * level:
         return math.nan
     target = level - RANGE_SHARE * (level - float(smooth.min()))
     return float(rates[int(np.argmax(smooth <= target))] / truncation**power)

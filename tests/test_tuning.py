@@ -314,7 +314,7 @@ def test_members_that_do_the_same_earn_nothing() -> None:
 
 
 class Ends(gymnasium.Env[NDArray[np.float32], Any]):
-    """Pays `index` squared at each step; its first episode ends after `length` steps."""
+    """Pays `index` squared per step; its first episode ends after `length` steps."""
 
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
     action_space = spaces.Discrete(2)
@@ -342,7 +342,7 @@ def test_who_is_an_episode_ahead_is_compared_with_nobody() -> None:
     env = GroupBaseline(DummyVecEnv(makers), 3)
     env.reset()
     seen = [env.step(np.zeros(3, int))[1].tolist() for _ in range(4)]
-    before, after = [-5 / 3, -2 / 3, 7 / 3], [-2, 0, 2]
+    before, after = [-5 / 3, -2 / 3, 7 / 3], [-2.0, 0.0, 2.0]
     assert np.allclose(seen, [before, before, after, after])
     env = GroupBaseline(DummyVecEnv([makers[0], makers[1]]), 2)
     env.reset()
