@@ -9,12 +9,14 @@ import difflib
 import io
 import logging
 import os
+import re
 import sys
+import types
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Never, Union, get_args, get_origin
 
 import jsonargparse
 import yaml
@@ -48,6 +50,11 @@ class UsageError(ValueError):
     """Options that cannot be used."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Never:
+        raise UsageError(_told(message))
+
+
 def config_names() -> list[str]:
     """The configs that ship with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -66,9 +73,9 @@ def config_path(name: str) -> Path:
     )
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def _nearest(name: str, names: Sequence[str], before: str = "") -> str:
     close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {before}{close[0]}?" if close else ""
 
 
 def _parser(command: str) -> jsonargparse.ArgumentParser:
@@ -84,53 +91,87 @@ def _parser(command: str) -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         metavar="RUN",
+        default=argparse.SUPPRESS,
         help="go on with this run; no other options but --run.track",
     )
     parser.add_class_arguments(config)
     return parser
 
 
-def _keys(parser: jsonargparse.ArgumentParser) -> list[str]:
-    return [a.dest for a in parser._actions if a.dest not in (None, "help")]
+def _options(config: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Each key of a config and its type, those of nested ones too."""
+    found: dict[str, Any] = {}
+    for entry in fields(config):
+        name = f"{prefix}{entry.name}"
+        found[name] = entry.type
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            found |= _options(entry.type, f"{name}.")
+    return found
 
 
-def _normalised(arguments: Sequence[str], keys: list[str]) -> list[str]:
-    """What W&B's sweep agents send, as dashed options: `a.b=1`, `--a=None`."""
+def _normalised(
+    command: str, arguments: Sequence[str], keys: Sequence[str]
+) -> list[str]:
+    """`--key=value` from all that may be written: `--key value`, and what W&B's sweep
+    agents send, `a.b=1` and `--a=None`. Config files come first, so that options
+    override them wherever they stand."""
     words = {"None": "null", "True": "true", "False": "false"}
-    result: list[str] = []
-    for argument in arguments:
-        if result and result[-1] == "--config":
-            result.append(str(config_path(argument)))
+    known = [*keys, "config", "resume"]
+    configs: list[str] = []
+    options: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-h" or argument.split("=")[0] in ("--help", "--print_config"):
+            options.append(argument)
             continue
         key, equals, value = argument.partition("=")
-        if equals and not key.startswith("-"):
-            key = f"--{key}"
-        if key == "--config" and equals:
-            value = str(config_path(value))
-        name = key[2:]
-        if key.startswith("--") and name not in (*keys, "help", "print_config"):
-            if name not in {k.split(".")[0] for k in keys}:
-                raise UsageError(f"unknown option {key}{_nearest(name, keys)}")
-        result.append(f"{key}={words.get(value, value)}" if equals else key)
-    return result
+        name = key.removeprefix("--")
+        if name.removesuffix("+") not in known:
+            if not (equals or key.startswith("-")):
+                raise UsageError(f"{argument!r} is no option: expected --KEY=VALUE")
+            raise UsageError(
+                f"unknown option {key}"
+                + (_nearest(name, known, "--") or f"; see rlrnn {command} --help")
+            )
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UsageError(f"{key} needs a value: --{name}=VALUE")
+            value = rest.pop(0)
+        if name == "config":
+            configs.append(f"--config={config_path(value)}")
+        else:
+            options.append(f"--{name}={words.get(value, value)}")
+    return configs + options
 
 
-def _check_keys(path: Path, keys: list[str]) -> None:
+def _check_keys(path: Path, options: dict[str, Any]) -> None:
     """Names a mistyped key of a YAML file, with the nearest that there is."""
     try:
         tree = yaml.safe_load(path.read_text("utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{path}{where} is no YAML: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{path} is no config: expected keys and values")
 
     def visit(node: dict[Any, Any], prefix: str) -> None:
         for key, value in node.items():
             name = f"{prefix}{key}"
-            if name not in keys and not any(k.startswith(f"{name}.") for k in keys):
-                raise UsageError(f"{path}: unknown key {name}{_nearest(name, keys)}")
+            if name not in options:
+                hint = _nearest(name, list(options))
+                raise UsageError(f"{path}: unknown key {name}{hint}")
             if isinstance(value, dict):
                 visit(value, f"{name}.")
+            elif is_dataclass(options[name]):
+                raise UsageError(
+                    f"{path}: {name} is {value!r}, expected {_in_words(options[name])}"
+                )
 
     visit(tree, "")
 
@@ -141,39 +182,83 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, str | None]:
     Options override the config file, which overrides the defaults.
     """
     parser = _parser(command)
-    keys = _keys(parser)
-    arguments = _normalised(arguments, keys)
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            _check_keys(Path(arguments[i + 1]), keys)
-        elif argument.startswith("--config="):
-            _check_keys(Path(argument.split("=", 1)[1]), keys)
+    options = _options(FLOWS[command])
+    arguments = _normalised(command, arguments, list(options))
+    for argument in arguments:
+        if argument.startswith("--config="):
+            _check_keys(Path(argument.split("=", 1)[1]), options)
     try:
         with redirect_stderr(io.StringIO()):
             values = parser.parse_args(arguments)
-            resume = values.pop("resume")
+            resume = values.pop("resume", None)
             if resume is not None:
-                return _resumed(command, resume, arguments, values.run.track), resume
+                return _resumed(command, resume, arguments), resume
             values.pop("config")
             built = parser.instantiate_classes(values)
             return FLOWS[command](**vars(built)), None
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
-        raise UsageError(_told(error)) from None
-    except TypeError as error:
-        raise UsageError(_told(error)) from None
+    except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError) as error:
+        raise UsageError(_told(str(error), options)) from None
+    except ValueError as error:
+        raise UsageError(_in_full(str(error), options)) from None
 
 
-def _told(error: Exception) -> str:
-    """jsonargparse's words without the line breaks, the last and most precise first."""
-    return " ".join(str(error).split())
+def _in_full(message: str, options: dict[str, Any]) -> str:
+    """`budget is 0, ...` of a nested config, with the option's whole name."""
+    name = message.split(" is ")[0]
+    if name in options:
+        return message
+    whole = [key for key in options if key.endswith(f".{name}")]
+    return f"{whole[0]}{message.removeprefix(name)}" if len(whole) == 1 else message
 
 
-def _resumed(command: str, folder: str, arguments: Sequence[str], track: str) -> Any:
+def _told(message: str, options: dict[str, Any] | None = None) -> str:
+    """A parser's complaint in plain words: the option, what it was given, what it
+    expects."""
+    line = " ".join(message.split())
+    keys = re.findall(r'Parser key "([\w.+]+)"', line)
+    given = re.search(
+        r"(?:Got value: ?|Given value: ?|load config ')(.*?)(?:' - .*)?$", line
+    )
+    if options and keys and given and (key := keys[-1].rstrip("+")) in options:
+        return f"{key} is {given[1]!r}, expected {_in_words(options[key])}"
+    if match := re.fullmatch(r"argument (\S+): invalid int value: '(.*)'", line):
+        return f"{match[1]} is {match[2]!r}, expected {_in_words(int)}"
+    if match := re.fullmatch(
+        r"argument (\S+): invalid choice: (.*) \(choose from (.*)\)", line
+    ):
+        return f"{match[1]} is {match[2]}, expected one of {match[3]}".replace("'", "")
+    return line.removeprefix("argument ")
+
+
+def _in_words(kind: Any) -> str:
+    """What a value of this type looks like."""
+    origin, parts = get_origin(kind), get_args(kind)
+    simple = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        types.NoneType: "null",
+    }
+    if kind in simple:
+        return simple[kind]
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_in_words, parts))
+    if origin is list:
+        return f"a list [..., ...], each {_in_words(parts[0])}"
+    if origin is tuple:
+        return f"a list of {len(parts)}, each {_in_words(parts[0])}"
+    return "keys and values"
+
+
+def _resumed(command: str, folder: str, arguments: Sequence[str]) -> Any:
     """The config of a run that is to be resumed."""
     others = [
-        a
-        for i, a in enumerate(arguments)
-        if a.startswith("--") and a.split("=")[0] not in ("--resume", "--run.track")
+        argument
+        for argument in arguments
+        if argument.split("=")[0] not in ("--resume", "--run.track")
     ]
     if others:
         raise UsageError(
@@ -181,6 +266,8 @@ def _resumed(command: str, folder: str, arguments: Sequence[str], track: str) ->
             "leave it out"
         )
     config = stored_config(folder, command)
+    tracks = [a.split("=")[1] for a in arguments if a.startswith("--run.track=")]
+    track = tracks[-1] if tracks else config.run.track
     return replace(config, run=replace(config.run, track=track, folder=folder))
 
 
@@ -197,17 +284,30 @@ def stored_config(folder: str, command: str | None = None) -> Any:
     return parse(job, ["--config", str(Path(folder, "config.yaml"))])[0]
 
 
+def look_at(summary: dict[str, Any]) -> list[str]:
+    """How to look at a run that W&B mirrors; nothing for one that it does not."""
+    mirror = Path(summary["folder"], "wandb")
+    if "url" in summary:
+        return [f"look at it: {summary['url']}"]
+    if not any(mirror.glob("offline-run-*")):
+        return []
+    return [
+        f"look at it: wandb leet {mirror}",
+        f"upload it:  wandb sync {mirror}/offline-run-*",
+    ]
+
+
 def _flow(command: str, arguments: Sequence[str]) -> int:
     config, resume = parse(command, arguments)
     from rlrnn import flows
 
     flow: Callable[..., dict[str, Any]] = getattr(flows, command)
-    summary = flow(config, resume=resume)
+    try:
+        summary = flow(config, resume=resume)
+    except ValueError as error:
+        raise UsageError(_in_full(str(error), _options(FLOWS[command]))) from error
     _report(summary)
-    folder = summary["folder"]
-    print(f"\nrun folder: {folder}")
-    if config.run.track != "disabled":
-        print(f"look at it: wandb leet {folder}   or: wandb sync {folder}/wandb/*run*")
+    print(f"\nrun folder: {summary['folder']}", *look_at(summary), sep="\n")
     return 0
 
 
@@ -217,17 +317,16 @@ def _report(summary: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None)
     for key, value in summary.items():
-        if key != "folder":
+        if key not in ("folder", "url"):
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.add_row(key, shown)
     Console().print(table)
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rlrnn evaluate",
         description="A finished run's figures, measured anew.",
-        exit_on_error=False,
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
     options = parser.parse_args(arguments)
@@ -239,10 +338,9 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _demo(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="rlrnn demo",
         description="Train an agent with memory, then one text model four ways.",
-        exit_on_error=False,
     )
     parser.add_argument("--folder", help="new or empty; default: runs/demo-DATE")
     parser.add_argument("--data.path", dest="path", help="a UTF-8 text of your own")
@@ -253,7 +351,7 @@ def _demo(arguments: Sequence[str]) -> int:
         choices=("auto", "online", "offline", "disabled"),
         help="Weights & Biases; default: online if there is a key, else offline",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     options = parser.parse_args(arguments)
     from rlrnn.demo import demo
 
@@ -285,14 +383,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"unknown command {command!r}: expected {', '.join(commands)}"
             + _nearest(command, commands)
         )
-    except (ValueError, argparse.ArgumentError) as error:
+    except ValueError as error:
         if os.environ.get("RLRNN_TRACEBACK"):
             raise
         print(f"rlrnn: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\nrlrnn: {stop or 'stopped'}", file=sys.stderr)
+        print(f"\nrlrnn: {str(stop) or 'stopped'}", file=sys.stderr)
         return int(getattr(stop, "exit_code", 130))
+    except SystemExit as done:  # --help and --print_config end in this
+        return int(done.code or 0)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The three flows' options: typed, with their sentence of help, and their ranges."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from rlrnn.recurrent import Cell
 from rlrnn.tasks import (
@@ -14,6 +16,25 @@ from rlrnn.tasks import (
 from rlrnn.training import TrainingConfig
 
 Track = Literal["auto", "online", "offline", "disabled"]
+
+
+def _check_common(config: Any) -> None:
+    """What holds for each flow's config: seed, device, threads, and finite numbers."""
+    at_least("seed", config.seed, 0)
+    at_least("threads", config.threads, 1)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        raise ValueError(f"device is {config.device!r}, expected auto, cpu or cuda")
+    _check_finite(config, "")
+
+
+def _check_finite(config: Any, prefix: str) -> None:
+    for entry in fields(config):
+        name, value = f"{prefix}{entry.name}", getattr(config, entry.name)
+        if is_dataclass(value):
+            _check_finite(value, f"{name}.")
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name} is {number}, expected a finite number")
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,7 @@ class AgentConfig:
         n_steps: of a rollout, in each environment.
         batch_size: steps of a minibatch: whole columns of the rollout.
         n_epochs: passes over a rollout.
-        gamma: discount.
+        gamma: discount of later rewards.
         gae_lambda: of generalised advantage estimation.
         clip_range: of PPO's ratio.
         ent_coef: weight of the entropy bonus.
@@ -87,6 +108,8 @@ class AgentConfig:
         one_of("agent.cell", self.cell, Cell)
         for name in ("hidden_size", "layers", "n_steps", "batch_size", "n_epochs"):
             at_least(f"agent.{name}", getattr(self, name), 1)
+        for width in self.net_arch:
+            at_least("agent.net_arch", width, 1)
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
@@ -130,8 +153,9 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("envs", "steps", "eval_episodes", "threads", "checkpoint_every"):
+        for name in ("envs", "steps", "eval_episodes", "checkpoint_every"):
             at_least(name, getattr(self, name), 1)
+        _check_common(self)
 
 
 @dataclass(frozen=True)
@@ -163,7 +187,9 @@ class FitConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        at_least("threads", self.threads, 1)
+        _check_common(self)
+        if self.data.kind != "text":  # texts are measured when they are read
+            at_least("data.size", self.data.size, 20 * 64 * self.data.batch)
         if not 0 < self.lr <= 10:
             raise ValueError(f"lr is {self.lr}, expected above 0 and at most 10")
         if not 1 <= self.truncation <= 1024:
@@ -189,7 +215,7 @@ class TuneConfig:
     """
 
     tasks: Tasks = field(default_factory=Tasks)
-    episodes: int = 2000
+    episodes: int = 960
     envs: int = 16
     group: int = 8
     eval_tasks: int = 24
@@ -197,7 +223,7 @@ class TuneConfig:
         default_factory=lambda: AgentConfig(
             hidden_size=32,
             net_arch=[32],
-            learning_rate=2e-3,
+            learning_rate=3e-3,
             n_steps=24,
             batch_size=96,
             n_epochs=8,
@@ -212,8 +238,12 @@ class TuneConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "envs", "threads", "checkpoint_every"):
+        for name in ("episodes", "envs", "checkpoint_every"):
             at_least(name, getattr(self, name), 1)
+        for name in ("hidden_sizes", "batches"):
+            at_least(f"tasks.{name}", min(getattr(self.tasks, name)), 1)
+        at_least("tasks.decisions", self.tasks.decisions, 6)
+        _check_common(self)
         at_least("eval_tasks", self.eval_tasks, 0)
         if self.group < 2 or self.envs % self.group:
             raise ValueError(

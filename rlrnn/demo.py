@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrnn import flows, plots
-from rlrnn.cli import config_path, parse
+from rlrnn.cli import config_path, look_at, parse
 from rlrnn.config import FitConfig, RunConfig, TrainConfig
 from rlrnn.tasks import build_trainer
 from rlrnn.tracking import Mode, RunExistsError, read_metrics
@@ -82,10 +82,8 @@ def demo(
     for picture in pictures:
         console.print(f"plot        {picture}", soft_wrap=True)
     console.print(f"run folders {root}/*", soft_wrap=True)
-    if track != "disabled":
-        run = f"{root}/fit-learned"
-        console.print(f"look at one wandb leet {run}", soft_wrap=True)
-        console.print(f"upload it   wandb sync {run}/wandb/*run-*", soft_wrap=True)
+    for line in look_at(fits["learned"]):
+        console.print(line, soft_wrap=True)
     return {"train": agent, **fits}
 
 

@@ -3,11 +3,16 @@
 Each returns what it found as a plain dict, which is also the run's `summary.json`.
 """
 
+import copy
 import dataclasses
+import difflib
 import math
+import multiprocessing
 import signal
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -18,6 +23,7 @@ import gymnasium
 import numpy as np
 import torch
 import yaml
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -37,13 +43,20 @@ from rlrnn.agents.controller import (
     save_controller,
 )
 from rlrnn.agents.vector import TensorVecEnv
+from rlrnn.checkpoint import CheckpointError
 from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneConfig
 from rlrnn.control import UNLEARNED, Controller, Signals, prior
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
-from rlrnn.tasks import Task, Tasks, build_trainer
+from rlrnn.tasks import (
+    DataConfig,
+    ModelConfig,
+    Task,
+    Tasks,
+    build_trainer,
+)
 from rlrnn.tracking import LoggerMirror, NotARunError, Run, read_metrics
-from rlrnn.training import Trainer, mean_loss
+from rlrnn.training import Trainer, TrainingConfig, mean_loss
 
 Config = TypeVar("Config", TrainConfig, FitConfig, TuneConfig)
 Summary = dict[str, Any]
@@ -81,6 +94,17 @@ def _stoppable() -> Iterator[Callable[[], int]]:
             signal.signal(number, before[number])
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with `count` threads; on leaving as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def config_to_tree(config: Any) -> dict[str, Any]:
     """A config as plain values, for YAML. The folder is left out, so that a run can be
     made again from its own file."""
@@ -109,6 +133,45 @@ def _create(config: Any, job: str) -> Run:
         project=run.project,
         group=run.group,
         keep=run.keep,
+    )
+
+
+def _resume(folder: str | Path, config: Any) -> tuple[Run, Any]:
+    """The run that is in `folder`, open again, and what it saved last."""
+    _, stored = run_config(folder)
+    given = config_to_tree(config)
+    for key, was in _leaves(stored):
+        now = dict(_leaves(given)).get(key, was)
+        if now != was and key.split(".")[0] not in ("run", "device", "threads"):
+            raise ValueError(
+                f"{key} is {now!r}, but {folder} was made with {was!r}: expected the "
+                "run's own config"
+            )
+    try:
+        run, _, saved = Run.resume(folder, mode=config.run.track)
+    except CheckpointError as error:
+        held = sorted(Path(folder, "checkpoints").glob("step_*"))
+        if len(held) > 1 and "damaged" in str(error):
+            raise CheckpointError(f"{error}: delete {held[-1]}") from error
+        raise
+    return run, saved
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _returned(summary: Summary, run: Run) -> Summary:
+    """What a flow gives back: also where the run is."""
+    place = {"folder": str(run.folder)}
+    return (
+        {**summary, **place}
+        if run.url is None
+        else {**summary, **place, "url": run.url}
     )
 
 
@@ -142,8 +205,10 @@ def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> Ve
     """`copies` of an environment as SB3 takes them: tensor-native ones on `device`."""
     try:
         spec = gymnasium.spec(env)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"unknown environment {env!r}: {_one_line(error)}") from None
+    except (gymnasium.error.Error, ImportError) as error:
+        close = difflib.get_close_matches(env, gymnasium.registry, 1, 0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown environment {env!r}: {_told(error)}{hint}") from None
     try:
         if spec.vector_entry_point is not None and env.startswith("rlrnn/"):
             vector = gymnasium.make_vec(
@@ -153,13 +218,21 @@ def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> Ve
                 device=resolve_device(device),
             )
             return TensorVecEnv(vector)
-        return make_vec_env(env, copies, seed=seed)
-    except gymnasium.error.Error as error:
-        raise ValueError(f"cannot make {env!r}: {_one_line(error)}") from None
+        made = make_vec_env(env, copies, seed=seed)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"cannot make {env!r}: {_told(error)}") from None
+    if isinstance(made.observation_space, (spaces.Dict, spaces.Tuple)):
+        made.close()
+        raise ValueError(
+            f"observation space is {made.observation_space}: expected Box, Discrete, "
+            "MultiDiscrete or MultiBinary; wrap the environment"
+        )
+    return made
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _told(error: Exception) -> str:
+    """One line, without the guess at a name."""
+    return " ".join(str(error).split("Did you mean")[0].split()).rstrip(".")
 
 
 def _agent(
@@ -195,8 +268,11 @@ def _agent(
 
 
 class _Keeper(BaseCallback):
-    """Between two updates: writes the pending figures, saves now and then, and stops
-    when a signal asked for it."""
+    """Between two updates: writes the pending figures and saves now and then.
+
+    When a signal asked for a stop, what is saved is the moment before the rollout that
+    was cut off, which the resumed run then plays again.
+    """
 
     def __init__(
         self,
@@ -208,21 +284,33 @@ class _Keeper(BaseCallback):
         super().__init__()
         self.run, self.every, self.tree, self.stopped = run, every, tree, stopped
         self.updates = 0
+        self.steps = 0  # played when the last update was complete
+        self.moment: dict[str, Any] = {}  # all that there was then
+        self.saved_steps = -1
+        self.cut = False  # the last rollout was
+
+    def restore(self, saved: dict[str, Any], steps: int) -> None:
+        self.updates, self.steps, self.saved_steps = saved["updates"], steps, steps
 
     def _on_rollout_start(self) -> None:
         # Here the last update is complete, and the next rollout has not begun.
-        if self.num_timesteps:
+        steps = self.model.num_timesteps
+        if steps > self.steps:
             self.updates += 1
-            self.logger.dump(self.num_timesteps)
+            self.logger.dump(steps)
+        self.steps = steps
+        self.moment = copy.deepcopy({"flow": self.tree(), "updates": self.updates})
         if self.stopped() or self.updates % self.every == 0:
             self.save()
 
     def save(self) -> None:
-        tree = {"flow": self.tree(), "updates": self.updates}
-        self.run.checkpoint(self.num_timesteps, tree)
+        if self.saved_steps != self.steps:
+            self.run.checkpoint(self.steps, self.moment)
+            self.saved_steps = self.steps
 
     def _on_step(self) -> bool:
-        return not self.stopped()
+        self.cut = bool(self.stopped())
+        return not self.cut
 
 
 def _learn(
@@ -240,10 +328,11 @@ def _learn(
         reset_num_timesteps=False,
         progress_bar=progress and sys.stdout.isatty(),
     )
-    if number := keeper.stopped():
-        raise Stopped(number, run.folder)
-    keeper._on_rollout_start()
+    if not keeper.cut:
+        keeper._on_rollout_start()
     keeper.save()
+    if keeper.cut:
+        raise Stopped(keeper.stopped(), run.folder)
 
 
 def train(
@@ -254,39 +343,49 @@ def train(
     With `resume`, a run folder, `config` must be that run's own. Raises ValueError for
     bad input, `Stopped` after SIGINT or SIGTERM.
     """
-    resolve_device(config.device)
-    torch.set_num_threads(config.threads)
-    env = make_envs(config.env, config.envs, config.device, config.seed)
-    agent = _agent(config.agent, env, config.seed, config.device)
-    with _stoppable() as stopped:
-        if resume is None:
-            run, saved = _create(config, "train"), None
-        else:
-            run, _, saved = Run.resume(resume, mode=config.run.track)
-        with run:
-            keeper = _Keeper(run, config.checkpoint_every, agent.state_dict, stopped)
-            if saved is not None:
-                agent.load_state_dict(saved["flow"])
-                keeper.updates = saved["updates"]
-            began, first = time.monotonic(), agent.num_timesteps
-            _learn(run, agent, config.steps, keeper, [], progress)
-            seconds = time.monotonic() - began
-            agent.save(run.folder / "agent.zip")
-            run.artifact(run.folder / "agent.zip", f"agent-{run.folder.name}", "model")
-            score = _evaluate_agent(agent, config)
-            plot = plots.plot_returns(
-                read_metrics(run.folder), run.folder / "returns.png", config.env, None
-            )
-            run.image("returns", plot)
-            summary = {
-                **score,
-                "env_steps": agent.num_timesteps,
-                "time/seconds": seconds,
-                "time/steps_per_second": (agent.num_timesteps - first) / seconds,
-            }
-            run.summary(summary)
-    env.close()
-    return {**summary, "folder": str(run.folder)}
+    with _threads(config.threads), _stoppable() as stopped:
+        env = make_envs(config.env, config.envs, config.device, config.seed)
+        try:
+            agent = _agent(config.agent, env, config.seed, config.device)
+            return _train(config, agent, resume, progress, stopped)
+        finally:
+            env.close()
+
+
+def _train(
+    config: TrainConfig,
+    agent: RecurrentPPO,
+    resume: str | Path | None,
+    progress: bool,
+    stopped: Callable[[], int],
+) -> Summary:
+    if resume is None:
+        run, saved = _create(config, "train"), None
+    else:
+        run, saved = _resume(resume, config)
+    with run:
+        keeper = _Keeper(run, config.checkpoint_every, agent.state_dict, stopped)
+        if saved is not None:
+            agent.load_state_dict(saved["flow"])
+            keeper.restore(saved, agent.num_timesteps)
+        began, first = time.monotonic(), agent.num_timesteps
+        _learn(run, agent, config.steps, keeper, [], progress)
+        seconds = time.monotonic() - began
+        agent.save(run.folder / "agent.zip")
+        run.artifact(run.folder / "agent.zip", f"agent-{run.folder.name}", "model")
+        score = _evaluate_agent(agent, config)
+        plot = plots.plot_returns(
+            read_metrics(run.folder), run.folder / "returns.png", config.env, None
+        )
+        run.image("returns", plot)
+        summary = {
+            **score,
+            "env_steps": agent.num_timesteps,
+            "time/seconds": seconds,
+            "time/steps_per_second": (agent.num_timesteps - first) / seconds,
+        }
+        run.summary(summary)
+        return _returned(summary, run)
 
 
 def _evaluate_agent(agent: RecurrentPPO, config: TrainConfig) -> Summary:
@@ -326,11 +425,13 @@ def make_controller(name: str, lr: float = 1e-3, truncation: int = 32) -> Contro
         return prior()
     if name == "learned":
         return load_controller(SHIPPED)
-    if name.endswith(".zip") or Path(name).is_file():
+    if zipfile.is_zipfile(name):
         return load_controller(name)
+    names = ("learned", "prior", *UNLEARNED)
+    close = difflib.get_close_matches(name, names, 1, 0.5)
     raise ValueError(
-        f"controller is {name!r}, expected learned, prior, {', '.join(UNLEARNED)}, "
-        "or a .zip that `rlrnn tune` wrote"
+        f"controller is {name!r}, expected {', '.join(names)}, or a .zip that "
+        "`rlrnn tune` wrote" + (f"; did you mean {close[0]}?" if close else "")
     )
 
 
@@ -351,77 +452,98 @@ def fit(
 
     `resume` and errors as in `train`.
     """
-    torch.set_num_threads(config.threads)
-    controller = make_controller(config.controller, config.lr, config.truncation)
-    trainer = build_trainer(fit_task(config), config.device)
-    with _stoppable() as stopped:
-        if resume is None:
-            run = _create(config, "fit")
+    resolve_device(config.device)
+    with _threads(config.threads), _stoppable() as stopped:
+        controller = make_controller(config.controller, config.lr, config.truncation)
+        trainer = build_trainer(fit_task(config), config.device)
+        return _fit(config, controller, trainer, resume, progress, stopped)
+
+
+def _fit(
+    config: FitConfig,
+    controller: Controller,
+    trainer: Trainer,
+    resume: str | Path | None,
+    progress: bool,
+    stopped: Callable[[], int],
+) -> Summary:
+    def save(score: float | None) -> None:
+        tree = {
+            "trainer": trainer.state_dict(),
+            "controller": state,
+            "signals": vars(signals),
+            "data": _fingerprint(trainer),
+        }
+        run.checkpoint(trainer.decision, tree, score)
+
+    run, saved = (
+        (_create(config, "fit"), None) if resume is None else _resume(resume, config)
+    )
+    with run:
+        if saved is None:
             state = controller.init(1)
             signals = trainer.start(controller.range_test)
-            reward_sum = 0.0
+            run.log(_fit_row(trainer, signals))
+            save(None)
+        elif saved["data"] != _fingerprint(trainer):
+            raise ValueError(
+                f"{config.data.path or 'the standard library'} is not the text that "
+                f"{run.folder} began with; restore it, or start a new run"
+            )
         else:
-            run, _, saved = Run.resume(resume, mode=config.run.track)
             trainer.load_state_dict(saved["trainer"])
             state, signals = saved["controller"], Signals(**saved["signals"])
-            reward_sum = saved["reward_sum"]
-        with run:
-            began, first = time.monotonic(), trainer.spent
-            if resume is None:
-                run.log(_fit_row(trainer, signals))
-            bar = tqdm(
-                total=round(config.training.budget),
-                initial=round(trainer.spent),
-                unit="token",
-                unit_scale=True,
-                desc=f"fit {config.controller}",
-                disable=None if progress else True,  # None: not on a terminal
-            )
-            with bar:
-                while not trainer.done and not stopped():
-                    knobs, state = controller(signals, state)
-                    before = log_loss(signals)
-                    signals = trainer.step(knobs)
-                    reward = before - log_loss(signals)
-                    reward_sum += reward
-                    run.log({**_fit_row(trainer, signals), "decision/reward": reward})
-                    tree = {
-                        "trainer": trainer.state_dict(),
-                        "controller": state,
-                        "signals": vars(signals),
-                        "reward_sum": reward_sum,
-                    }
-                    # a run that has failed has nothing to be best at
-                    score = -trainer.last_probe if not signals.failed[0] else None
-                    run.checkpoint(trainer.decision, tree, score)
-                    bar.update(round(trainer.spent) - bar.n)
-                    bar.set_postfix_str(
-                        f"loss {trainer.last_probe:.3f} lr {signals.lr[0]:.2g} "
-                        f"K {signals.truncation[0]:.0f}"
-                    )
-            if number := stopped():
-                raise Stopped(number, run.folder)
-            seconds = time.monotonic() - began
-            summary = {
-                "controller": config.controller,
-                "probe_loss": trainer.last_probe,
-                **_held_out(trainer, "valid"),
-                "tokens": trainer.spent,
-                "failed": bool(signals.failed[0]),
-                "recoveries": round(-math.log2(trainer.lr_scale)),
-                "time/seconds": seconds,
-                "time/tokens_per_second": (trainer.spent - first) / seconds,
-            }
-            save_model(run.folder / "model.zip", trainer, config)
-            run.artifact(run.folder / "model.zip", f"model-{run.folder.name}", "model")
-            plot = plots.plot_fits(
-                {config.controller: read_metrics(run.folder)},
-                run.folder / "fit.png",
-                "fit",
-            )
-            run.image("fit", plot)
-            run.summary(summary)
-    return {**summary, "folder": str(run.folder)}
+        began, first = time.monotonic(), trainer.spent
+        bar = tqdm(
+            total=round(config.training.budget),
+            initial=round(trainer.spent),
+            unit="token",
+            unit_scale=True,
+            desc=f"fit {config.controller}",
+            disable=None if progress else True,  # None: not on a terminal
+        )
+        with bar:
+            while not trainer.done and not stopped():
+                knobs, state = controller(signals, state)
+                before = log_loss(signals)
+                signals = trainer.step(knobs)
+                reward = before - log_loss(signals)
+                run.log({**_fit_row(trainer, signals), "decision/reward": reward})
+                # a run that has failed has nothing to be best at
+                save(-trainer.last_probe if not signals.failed[0] else None)
+                bar.update(round(trainer.spent) - bar.n)
+                bar.set_postfix_str(
+                    f"loss {trainer.last_probe:.3f} lr {signals.lr[0]:.2g} "
+                    f"K {signals.truncation[0]:.0f}"
+                )
+        if not trainer.done:
+            raise Stopped(stopped(), run.folder)
+        seconds = time.monotonic() - began
+        summary = {
+            "controller": config.controller,
+            "probe_loss": trainer.last_probe,
+            **_held_out(trainer, "valid"),
+            "tokens": trainer.spent,
+            "failed": bool(signals.failed[0]),
+            "recoveries": round(-math.log2(trainer.lr_scale)),
+            "time/seconds": seconds,
+            "time/tokens_per_second": (trainer.spent - first) / seconds,
+        }
+        save_model(run.folder / "model.zip", trainer, config)
+        run.artifact(run.folder / "model.zip", f"model-{run.folder.name}", "model")
+        plot = plots.plot_fits(
+            {config.controller: read_metrics(run.folder)},
+            run.folder / "fit.png",
+            "fit",
+        )
+        run.image("fit", plot)
+        run.summary(summary)
+        return _returned(summary, run)
+
+
+def _fingerprint(trainer: Trainer) -> int:
+    """Tells another text from the one that a run began with."""
+    return zlib.crc32(trainer.problem.train.x.cpu().numpy().tobytes())
 
 
 def _fit_row(trainer: Trainer, signals: Signals) -> dict[str, float | int]:
@@ -459,6 +581,10 @@ def save_model(path: Path, trainer: Trainer, config: FitConfig) -> None:
 def _tuning_envs(config: TuneConfig, processes: bool) -> VecEnv:
     def make(rank: int) -> Callable[[], gymnasium.Env[Any, Any]]:
         def env() -> gymnasium.Env[Any, Any]:
+            if multiprocessing.parent_process() is not None:
+                # Ctrl-C goes to all processes: the first one saves, then ends these
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             torch.set_num_threads(config.threads)
             group = seeding.derive(config.seed, "tasks", rank // config.group)
             return TuningEnv(config.tasks, group, config.device)
@@ -512,11 +638,55 @@ def tune(
     """Flow 3: flow 1 on the tuning environment. Writes `controller.zip`, for
     `fit --controller`, and `tuning.png`.
 
-    `processes=False` plays all runs in this process. `resume`, errors: as in `train`.
+    `processes=False` plays all runs in this process; otherwise a script that calls this
+    needs `if __name__ == "__main__":`, as its processes import it. `resume`, errors: as
+    in `train`.
     """
     resolve_device(config.device)
-    torch.set_num_threads(config.threads)
-    envs = _tuning_envs(config, processes)
+    _check_tasks(config.tasks)
+    with _threads(config.threads), _stoppable() as stopped:
+        run, saved = (
+            (_create(config, "tune"), None)
+            if resume is None
+            else _resume(resume, config)
+        )
+        with run, _closing(_tuning_envs(config, processes)) as envs:
+            return _tune(config, run, saved, envs, progress, stopped)
+
+
+@contextmanager
+def _closing(envs: VecEnv) -> Iterator[VecEnv]:
+    """`envs`, closed in the end, also when their processes do not listen any more."""
+    try:
+        yield envs
+    finally:
+        try:
+            envs.close()
+        except (OSError, EOFError):  # one is dead, and the rest was not told
+            for process in envs.processes if isinstance(envs, SubprocVecEnv) else ():
+                process.kill()
+
+
+def _check_tasks(tasks: Tasks) -> None:
+    """Raises ValueError if a task could be drawn that cannot be trained on."""
+    for kind in sorted(set(tasks.kinds)):
+        data = DataConfig(kind, batch=max(tasks.batches), half=1, size=200_000)
+        model = ModelConfig(hidden_size=min(tasks.hidden_sizes))
+        try:
+            training = TrainingConfig(tasks.budget[0], decisions=tasks.decisions)
+            build_trainer(Task(data, model, training))
+        except ValueError as error:
+            raise ValueError(f"tasks: {error}") from None
+
+
+def _tune(
+    config: TuneConfig,
+    run: Run,
+    saved: Any,
+    envs: VecEnv,
+    progress: bool,
+    stopped: Callable[[], int],
+) -> Summary:
     agent = _agent(
         config.agent,
         GroupBaseline(envs, config.group),
@@ -524,63 +694,58 @@ def tune(
         config.device,
         initial_logits=initial_logits(),
     )
+    log = _TuningLog(run)
+
+    def tree() -> dict[str, Any]:
+        return {
+            "agent": agent.state_dict(),
+            "envs": envs.env_method("state_dict"),
+            "episodes": log.episodes,
+            "falls": log.falls,
+        }
+
+    keeper = _Keeper(run, config.checkpoint_every, tree, stopped)
+    if saved is not None:
+        flow = saved["flow"]
+        log.episodes, log.falls = flow["episodes"], flow["falls"]
+        agent.load_state_dict(flow["agent"])
+        agent._last_obs = flow["agent"]["last_obs"]
+        agent._last_episode_starts = flow["agent"]["last_starts"]
+        agent._last_state = flow["agent"]["last_state"].to(agent.device)
+        for rank, state in enumerate(flow["envs"]):
+            envs.env_method("load_state_dict", state, indices=rank)
+        keeper.restore(saved, agent.num_timesteps)
+    began = time.monotonic()
     steps = config.episodes * config.tasks.decisions
-    try:
-        with _stoppable() as stopped:
-            if resume is None:
-                run, saved = _create(config, "tune"), None
-            else:
-                run, _, saved = Run.resume(resume, mode=config.run.track)
-            with run:
-                log = _TuningLog(run)
-
-                def tree() -> dict[str, Any]:
-                    return {
-                        "agent": agent.state_dict(),
-                        "envs": envs.env_method("state_dict"),
-                        "episodes": log.episodes,
-                        "falls": log.falls,
-                    }
-
-                keeper = _Keeper(run, config.checkpoint_every, tree, stopped)
-                if saved is not None:
-                    flow = saved["flow"]
-                    keeper.updates = saved["updates"]
-                    log.episodes, log.falls = flow["episodes"], flow["falls"]
-                    agent.load_state_dict(flow["agent"])
-                    agent._last_obs = flow["agent"]["last_obs"]
-                    agent._last_episode_starts = flow["agent"]["last_starts"]
-                    agent._last_state = flow["agent"]["last_state"].to(agent.device)
-                    for rank, state in enumerate(flow["envs"]):
-                        envs.env_method("load_state_dict", state, indices=rank)
-                began = time.monotonic()
-                _learn(run, agent, steps, keeper, [log], progress)
-                seconds = time.monotonic() - began
-                controller = learned(agent.policy)
-                scores = compare_with_prior(
-                    controller, config.tasks, config.eval_tasks, config.seed, progress
-                )
-                card = {
-                    "episodes": log.episodes,
-                    "seed": config.seed,
-                    "hours": round(seconds / 3600, 3),
-                    "rlrnn": __version__,
-                    "torch": torch.__version__,
-                    **scores,
-                }
-                path = run.folder / "controller.zip"
-                kwargs = {**agent.policy_kwargs, "seed": config.seed}
-                save_controller(path, agent.policy, kwargs, card)
-                run.artifact(path, f"controller-{run.folder.name}", "model")
-                plot = plots.plot_tuning(
-                    read_metrics(run.folder), run.folder / "tuning.png"
-                )
-                run.image("tuning", plot)
-                summary = {**card, "time/seconds": seconds}
-                run.summary(summary)
-    finally:
-        envs.close()
-    return {**summary, "folder": str(run.folder)}
+    _learn(run, agent, steps, keeper, [log], progress)
+    seconds = time.monotonic() - began
+    scores = compare_with_prior(
+        learned(agent.policy),
+        config.tasks,
+        config.eval_tasks,
+        config.seed,
+        progress,
+        stopped,
+    )
+    if number := stopped():
+        raise Stopped(number, run.folder)
+    card = {
+        "episodes": log.episodes,
+        "seed": config.seed,
+        "rlrnn": __version__,
+        "torch": torch.__version__,
+        **scores,
+        "time/hours": round(seconds / 3600, 3),
+    }
+    path = run.folder / "controller.zip"
+    kwargs = {**agent.policy_kwargs, "seed": config.seed}
+    save_controller(path, agent.policy, kwargs, card)
+    run.artifact(path, f"controller-{run.folder.name}", "model")
+    plot = plots.plot_tuning(read_metrics(run.folder), run.folder / "tuning.png")
+    run.image("tuning", plot)
+    summary = {**card, "time/seconds": seconds}
+    run.summary(summary)
+    return _returned(summary, run)
 
 
 def run_task(task: Task, controller: Controller, device: str = "cpu") -> Trainer:
@@ -595,13 +760,22 @@ def run_task(task: Task, controller: Controller, device: str = "cpu") -> Trainer
 
 
 def compare_with_prior(
-    controller: Controller, tasks: Tasks, count: int, seed: int, progress: bool = False
+    controller: Controller,
+    tasks: Tasks,
+    count: int,
+    seed: int,
+    progress: bool = False,
+    stopped: Callable[[], int] = lambda: 0,
 ) -> dict[str, float | int]:
     """Validation losses under `controller` and under the prior, on `count` tasks that
-    were drawn for this alone: how much lower on average, and how often lower."""
+    were drawn for this alone: how much lower on average, and how often lower. Nothing
+    once `stopped` says so."""
     rng = np.random.default_rng(seeding.derive(seed, "evaluation tasks"))
     falls = []
-    for _ in tqdm(range(count), desc="compare with the prior", disable=not progress):
+    hide = None if progress else True  # None: not on a terminal
+    for _ in tqdm(range(count), desc="compare with the prior", disable=hide):
+        if stopped():
+            return {}
         task = tasks.draw(rng)
         nats = [
             _held_out(run_task(task, player), "valid")["valid_nats"]
@@ -623,9 +797,11 @@ def compare_with_prior(
 def evaluate(folder: str | Path, config: Config) -> Summary:
     """A finished run's figures, measured anew: the return of an agent over fresh
     episodes, the held-out losses of a model, a controller against its prior."""
-    folder = Path(folder)
-    torch.set_num_threads(config.threads)
+    with _threads(config.threads):
+        return _evaluate(Path(folder), config)
 
+
+def _evaluate(folder: Path, config: Config) -> Summary:
     def finished(name: str) -> Path:
         if not (folder / name).is_file():
             raise NotARunError(
@@ -639,8 +815,8 @@ def evaluate(folder: str | Path, config: Config) -> Summary:
         agent = RecurrentPPO.load(finished("agent.zip"), device=device)
         return _evaluate_agent(agent, config)
     if isinstance(config, FitConfig):
-        trainer = build_trainer(fit_task(config), config.device)
         tree = checkpoint.load(finished("model.zip"))
+        trainer = build_trainer(fit_task(config), config.device)
         if tree["vocabulary"] != trainer.problem.vocabulary:
             source = config.data.path or "the standard library of this Python"
             raise ValueError(

@@ -13,7 +13,7 @@ def _series(rows: Rows, x: str, y: str) -> tuple[list[float], list[float]]:
     return [float(a) for a, _ in both], [float(b) for _, b in both]
 
 
-def _figure(rows: int, height: float) -> Any:
+def _figure(rows: int, height: int) -> Any:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     figure = Figure(figsize=(8, height), layout="constrained")
