@@ -194,7 +194,9 @@ def parse(command: str, arguments: Sequence[str]) -> tuple[Any, str | None]:
             if resume is not None:
                 return _resumed(command, resume, arguments), resume
             values.pop("config")
-            built = parser.instantiate_classes(values)
+            # its name since jsonargparse 4.49, and before
+            instantiate = getattr(parser, "instantiate", None)
+            built = (instantiate or parser.instantiate_classes)(values)
             return FLOWS[command](**vars(built)), None
     except (argparse.ArgumentError, jsonargparse.ArgumentError, TypeError) as error:
         raise UsageError(_told(str(error), options)) from None

@@ -21,6 +21,7 @@ from gymnasium import spaces
 from rlrnn import checkpoint, cli, flows
 from rlrnn.cli import UsageError, config_names, config_path, main, parse
 from rlrnn.config import FitConfig, RunConfig, TrainConfig, TuneConfig
+from rlrnn.data.synthetic import markov_problem
 from rlrnn.tracking import Run, read_metrics
 
 OFF = "--run.track=disabled"
@@ -81,6 +82,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     for name, tree in TINY.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump(tree), "utf-8")
     tune = flows.tune
+    monkeypatch.setattr(  # a shorter chain takes less time to draw
+        "rlrnn.tasks.markov_problem",
+        lambda rng, _, *rest: markov_problem(rng, 20_000, *rest),
+    )
     monkeypatch.setattr(
         flows, "tune", lambda c, resume=None: tune(c, resume, processes=False)
     )
@@ -329,12 +334,14 @@ def test_a_run_that_cannot_be_resumed_or_judged(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+    ("number", "code", "commands"),
+    [(signal.SIGINT, 130, ["fit"]), (signal.SIGTERM, 143, list(TINY))],
 )
 def test_a_signal_saves_and_says_how_to_go_on(
     tiny: dict[str, str],
     number: signal.Signals,
     code: int,
+    commands: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -346,7 +353,7 @@ def test_a_signal_saves_and_says_how_to_go_on(
         if len(rows) == 1:  # a second signal would end the process
             signal.raise_signal(number)
 
-    for command in TINY:
+    for command in commands:
         rows.clear()
         with monkeypatch.context() as patch:
             patch.setattr(Run, "log", signalling)

@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from rlrnn import demo, flows
+from rlrnn import demo, flows, tasks
 from rlrnn.checkpoint import CheckpointError, Checkpoints
 from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneConfig
 from rlrnn.control import Signals
+from rlrnn.data.synthetic import markov_problem
 from rlrnn.flows import evaluate, fit, train, tune
 from rlrnn.tasks import DataConfig, ModelConfig, Tasks
 from rlrnn.tracking import NotARunError, Run, RunExistsError, read_metrics
@@ -53,6 +54,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_chains() -> Iterator[None]:
+    """A shorter chain takes less time to draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "rlrnn.tasks.markov_problem",
+            lambda rng, _, *rest: markov_problem(rng, 20_000, *rest),
+        )
+        yield
 
 
 def place(folder: Path) -> RunConfig:
@@ -298,9 +310,10 @@ rlrnn.flows.fit(FitConfig(
 
 
 def test_tune_with_processes_survives_a_signal_to_all_of_them(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in a terminal reaches the environments' processes too."""
+    monkeypatch.setattr("rlrnn.tasks.markov_problem", markov_problem)
     number = signal.SIGINT
     config = replace(TUNE, envs=2, group=2, episodes=4)
     script = f"""
@@ -357,8 +370,6 @@ def test_resume_refuses_another_text(tmp_path: Path, text: Path) -> None:
     with at_row(4, cut), suppress(Cut):
         fit(config)
     mine.write_bytes(text.read_bytes()[::-1].replace(b"\xbc\xc3", "ü".encode()))
-    from rlrnn import tasks
-
     tasks._text.cache_clear()
     with pytest.raises(ValueError, match="is not the text that"):
         fit(config, resume=tmp_path / "run")
@@ -533,8 +544,8 @@ def test_a_folder_that_holds_something_is_left_alone(
 
 
 def test_tune_rejects_tasks_that_could_not_be_trained(tmp_path: Path) -> None:
-    tasks = replace(TUNE.tasks, budget=(100.0, 9_000.0))
-    config = replace(TUNE, tasks=tasks, run=place(tmp_path / "run"))
+    few = replace(TUNE.tasks, budget=(100.0, 9_000.0))
+    config = replace(TUNE, tasks=few, run=place(tmp_path / "run"))
     with pytest.raises(ValueError, match="^tasks: budget is 100 tokens, expected"):
         tune(config)
     assert not (tmp_path / "run").exists()
