@@ -84,13 +84,20 @@ def load_controller(path: str | os.PathLike[str] = SHIPPED) -> Steered:
             f"{path} was made for other signals ({len(tree['features'])}, here "
             f"{len(FEATURES)}): make it anew with `rlrnn tune`"
         )
-    policy = RecurrentPolicy(
-        OBSERVATIONS,
-        spaces.MultiDiscrete(list(ACTIONS)),
-        lambda _: 0.0,
-        **tree["policy_kwargs"],
-    )
-    policy.load_state_dict(tree["policy"])
+    try:
+        policy = RecurrentPolicy(
+            OBSERVATIONS,
+            spaces.MultiDiscrete(list(ACTIONS)),
+            lambda _: 0.0,
+            **tree["policy_kwargs"],
+        )
+        policy.load_state_dict(tree["policy"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no controller of this version ({reason}): make it anew with "
+            "`rlrnn tune`"
+        ) from None
     return learned(policy)
 
 

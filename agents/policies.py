@@ -71,6 +71,11 @@ class RecurrentPolicy(BasePolicy):
                 "shared_lstm and enable_critic_lstm are both True: expected at most "
                 "one; pass enable_critic_lstm=False to share"
             )
+        if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
+            raise ValueError(
+                f"observation space is {observation_space}: expected Box, Discrete, "
+                "MultiDiscrete or MultiBinary; wrap the environment"
+            )
         super().__init__(
             observation_space,
             action_space,

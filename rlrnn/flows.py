@@ -23,7 +23,6 @@ import gymnasium
 import numpy as np
 import torch
 import yaml
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -218,16 +217,9 @@ def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> Ve
                 device=resolve_device(device),
             )
             return TensorVecEnv(vector)
-        made = make_vec_env(env, copies, seed=seed)
+        return make_vec_env(env, copies, seed=seed)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"cannot make {env!r}: {_told(error)}") from None
-    if isinstance(made.observation_space, (spaces.Dict, spaces.Tuple)):
-        made.close()
-        raise ValueError(
-            f"observation space is {made.observation_space}: expected Box, Discrete, "
-            "MultiDiscrete or MultiBinary; wrap the environment"
-        )
-    return made
 
 
 def _told(error: Exception) -> str:
@@ -730,6 +722,7 @@ def _tune(
     if number := stopped():
         raise Stopped(number, run.folder)
     card = {
+        "command": _command(config),
         "episodes": log.episodes,
         "seed": config.seed,
         "rlrnn": __version__,
@@ -746,6 +739,18 @@ def _tune(
     summary = {**card, "time/seconds": seconds}
     run.summary(summary)
     return _returned(summary, run)
+
+
+def _command(config: TuneConfig) -> str:
+    """What makes a controller like this one again."""
+    from rlrnn.cli import config_names, config_path, parse
+
+    for name in config_names():
+        if "tasks" in yaml.safe_load(config_path(name).read_text("utf-8")):
+            shipped, _ = parse("tune", ["--config", str(config_path(name))])
+            if dataclasses.replace(config, run=shipped.run) == shipped:
+                return f"rlrnn tune --config {name}"
+    return "rlrnn tune --config RUN/config.yaml"
 
 
 def run_task(task: Task, controller: Controller, device: str = "cpu") -> Trainer:

@@ -44,7 +44,7 @@ def plot_fits(fits: Mapping[str, Rows], path: Path, title: str) -> Path:
     )
     for axis, (key, label) in zip(axes, panels, strict=True):
         for name, rows in fits.items():
-            style = "default" if key == "fit/probe_loss" else "steps-pre"
+            style = "steps-pre" if key == "decision/truncation" else "default"
             axis.plot(
                 *_series(rows, "tokens", key), label=name, drawstyle=style, alpha=0.85
             )

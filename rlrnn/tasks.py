@@ -155,12 +155,12 @@ class Tasks:
 
     kinds: list[Kind] = field(default_factory=lambda: ["text", "text", "markov"])
     cells: list[Cell] = field(default_factory=lambda: ["lstm", "gru"])
-    hidden_sizes: list[int] = field(default_factory=lambda: [32, 48, 64])
+    hidden_sizes: list[int] = field(default_factory=lambda: [32, 64, 128])
     optimizers: list[Optimizer] = field(
         default_factory=lambda: ["adam", "adam", "momentum"]
     )
     batches: list[int] = field(default_factory=lambda: [16, 32])
-    budget: tuple[float, float] = (60_000.0, 160_000.0)
+    budget: tuple[float, float] = (60_000.0, 200_000.0)
     decisions: int = 24
 
     def __post_init__(self) -> None:
@@ -185,7 +185,7 @@ class Tasks:
         budget = float(np.exp(rng.uniform(np.log(low), np.log(high))))
         if kind == "text":
             data = DataConfig(
-                batch=batch, half=1, size=200_000, skip=int(rng.integers(2_000_000))
+                batch=batch, half=1, size=300_000, skip=int(rng.integers(2_000_000))
             )
         else:
             data = DataConfig(

@@ -46,7 +46,7 @@ class TrainingConfig:
         range_test_share: of the budget, spent on a range test if one is asked for.
     """
 
-    budget: float = 1_000_000
+    budget: float = 1_000_000.0
     optimizer: Optimizer = "adam"
     weight_decay: float = 0.0
     clip: float = 1.0
