@@ -694,11 +694,14 @@ def _tune(
             "envs": envs.env_method("state_dict"),
             "episodes": log.episodes,
             "falls": log.falls,
+            "time/seconds": earlier + time.monotonic() - began,
         }
 
+    began, earlier = time.monotonic(), 0.0
     keeper = _Keeper(run, config.checkpoint_every, tree, stopped)
     if saved is not None:
         flow = saved["flow"]
+        earlier = flow["time/seconds"]
         log.episodes, log.falls = flow["episodes"], flow["falls"]
         agent.load_state_dict(flow["agent"])
         agent._last_obs = flow["agent"]["last_obs"]
@@ -707,10 +710,9 @@ def _tune(
         for rank, state in enumerate(flow["envs"]):
             envs.env_method("load_state_dict", state, indices=rank)
         keeper.restore(saved, agent.num_timesteps)
-    began = time.monotonic()
     steps = config.episodes * config.tasks.decisions
     _learn(run, agent, steps, keeper, [log], progress)
-    seconds = time.monotonic() - began
+    seconds = earlier + time.monotonic() - began
     scores = compare_with_prior(
         learned(agent.policy),
         config.tasks,

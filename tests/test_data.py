@@ -1,5 +1,7 @@
 """Streams and their windows, splits, texts, and synthetic tasks."""
 
+import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,3 +391,17 @@ def test_a_wrong_setting_is_one_line(make: object, says: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tinyshakespeare() -> None:
+    """The figures that its users know: 1,115,394 characters, 65 different ones."""
+    path = Path(os.environ.get("RLRNN_DATA", ""), "tinyshakespeare", "input.txt")
+    if not path.is_file():
+        pytest.skip("RLRNN_DATA names no folder with tinyshakespeare/input.txt")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest.startswith("86c4e6aa9db7c042ec79f339dcb96d42")
+    text = read_text(path)
+    assert len(text) == 1_115_394
+    problem = text_problem(text, 32, str(path))
+    assert problem.inputs == 1 + 65
+    assert not (problem.test.x == 0).any()  # training has seen every character

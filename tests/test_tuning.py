@@ -20,6 +20,8 @@ import rlrnn.training
 from rlrnn import checkpoint
 from rlrnn.agents.controller import (
     OBSERVATIONS,
+    SHIPPED,
+    PolicyPlayer,
     controller_card,
     initial_logits,
     learned,
@@ -451,3 +453,15 @@ def test_a_file_that_is_no_controller_is_one_line(tmp_path: Path) -> None:
     cut = tmp_path / "cut.zip"
     cut.write_bytes(data[: len(data) // 2])
     error(cut, CheckpointError)
+
+
+def test_the_shipped_controller_says_how_it_was_made() -> None:
+    """A small file, made by a command that anyone can repeat."""
+    assert SHIPPED.stat().st_size <= 1_000_000
+    card = controller_card(SHIPPED)
+    assert card["command"] == "rlrnn tune --config controller_small"
+    assert card["seed"] == 0 and card["time/hours"] > 0
+    controller = load_controller()
+    assert isinstance(controller.player, PolicyPlayer)
+    head = controller.player.policy.action_net.weight
+    assert float(head.detach().abs().max()) > 0.01  # it was zero before training
