@@ -22,10 +22,10 @@ from rlrnn.tasks import build_trainer
 from rlrnn.tracking import Mode, RunExistsError, read_metrics
 
 FITS = {
-    "constant": "default: Adam 1e-3, K = 32",
-    "cosine": "warm-up + cosine, 1e-3, K = 32",
-    "prior": "prior: range test + cosine, K = 16",
-    "learned": "RL controller, on that prior",
+    "constant": "default: Adam 1e-3, K=32",
+    "cosine": "warm-up + cosine, 1e-3, K=32",
+    "prior": "range test + cosine, K=16",
+    "learned": "RL controller, on the latter",
 }
 
 
@@ -72,13 +72,21 @@ def demo(
     ]
     console.rule("3. what came out")
     console.print(_table(agent, fits))
-    first = fits["constant"]
     console.print(
-        f"Held out: {fit_config.training.budget:,.0f} tokens each, validation part of "
-        f"{source}; a memoryless agent stays near 50."
+        "The agent: likeliest actions; 500 is the most, and without memory a policy "
+        "stays near 50."
     )
-    if first["valid_bits"] <= fits["learned"]["valid_bits"]:
-        console.print("On this text the controller did not beat the default.")
+    console.print(
+        f"The fits: {fit_config.training.budget:,.0f} tokens each; held-out loss, on "
+        f"the validation part of {source}."
+    )
+    behind = [
+        name
+        for name in ("constant", "cosine", "prior")
+        if fits[name]["valid_bits"] <= fits["learned"]["valid_bits"]
+    ]
+    if behind:
+        console.print(f"Here the controller did not beat {', '.join(behind)}.")
     for picture in pictures:
         console.print(f"plot        {picture}", soft_wrap=True)
     console.print(f"run folders {root}/*", soft_wrap=True)
@@ -94,9 +102,10 @@ def _shipped(command: str, name: str) -> Any:
 def _table(agent: dict[str, Any], fits: dict[str, dict[str, Any]]) -> Table:
     table = Table()
     for column in ("run", "result", "seconds", "per second"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+        side: Any = "left" if column == "run" else "right"
+        table.add_column(column, justify=side, no_wrap=True)
     table.add_row(
-        f"agent, {agent['episodes']} evaluation episodes",
+        f"agent, {agent['episodes']} episodes",
         f"return {agent['return_mean']:.1f} ± {agent['return_std']:.1f}",
         f"{agent['time/seconds']:.0f}",
         f"{agent['time/steps_per_second']:,.0f} steps",
@@ -104,7 +113,7 @@ def _table(agent: dict[str, Any], fits: dict[str, dict[str, Any]]) -> Table:
     for name, summary in fits.items():
         table.add_row(
             FITS[name],
-            f"{summary['valid_bits']:.3f} bits per character",
+            f"{summary['valid_bits']:.3f} bits/char",
             f"{summary['time/seconds']:.0f}",
             f"{summary['time/tokens_per_second']:,.0f} tokens",
         )
