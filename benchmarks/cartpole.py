@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from rlrnn.cli import config_path, parse
+from rlrnn.cli import load_config
 from rlrnn.config import RunConfig, TrainConfig
 from rlrnn.flows import train
 
@@ -23,8 +23,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    shipped: TrainConfig
-    shipped, _ = parse("train", ["--config", str(config_path(options.config))])
+    shipped: TrainConfig = load_config("train", options.config)
     returns, speeds, seconds = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in options.seeds:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from rlrnn.cli import config_path, parse
+from rlrnn.cli import load_config
 from rlrnn.config import FitConfig
 from rlrnn.flows import fit_task, make_controller, run_task
 from rlrnn.training import mean_loss
@@ -39,7 +39,7 @@ def main() -> None:
     text = options.text
     if text and not Path(text).is_file():
         text = str(Path(os.environ.get("RLRNN_DATA", "."), text))
-    shipped: FitConfig = parse("fit", ["--config", str(config_path("text_lstm"))])[0]
+    shipped: FitConfig = load_config("fit", "text_lstm")
     model = replace(
         shipped.model,
         hidden_size=options.hidden_size or shipped.model.hidden_size,

@@ -273,6 +273,11 @@ def _resumed(command: str, folder: str, arguments: Sequence[str]) -> Any:
     return replace(config, run=replace(config.run, track=track, folder=folder))
 
 
+def load_config(command: str, name: str) -> Any:
+    """The config of a flow, by its name in configs/ or the path of a YAML file."""
+    return parse(command, ["--config", str(config_path(name))])[0]
+
+
 def stored_config(folder: str, command: str | None = None) -> Any:
     """The config of a run folder. Raises UsageError if another command made it."""
     from rlrnn.flows import run_config

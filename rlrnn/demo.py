@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrnn import flows, plots
-from rlrnn.cli import config_path, look_at, parse
+from rlrnn.cli import load_config, look_at
 from rlrnn.config import FitConfig, RunConfig, TrainConfig
 from rlrnn.tasks import build_trainer
 from rlrnn.tracking import Mode, RunExistsError, read_metrics
@@ -49,12 +49,12 @@ def demo(
     def place(name: str) -> RunConfig:
         return RunConfig(folder=str(root / name), track=track, group=root.name)
 
-    fit_config: FitConfig = _shipped("fit", "text_lstm")
+    fit_config: FitConfig = load_config("fit", "text_lstm")
     fit_config = replace(
         fit_config, data=replace(fit_config.data, path=text), seed=seed
     )
     build_trainer(flows.fit_task(fit_config), fit_config.device)  # fail early
-    train_config: TrainConfig = _shipped("train", "cartpole_hidden_velocity")
+    train_config: TrainConfig = load_config("train", "cartpole_hidden_velocity")
     console.rule("1. train: an LSTM actor-critic on cart-pole without velocities")
     agent = flows.train(replace(train_config, seed=seed, run=place("train")))
     console.rule("2. fit: one text model, four ways to set its rate and truncation")
@@ -93,10 +93,6 @@ def demo(
     for line in look_at(fits["learned"]):
         console.print(line, soft_wrap=True)
     return {"train": agent, **fits}
-
-
-def _shipped(command: str, name: str) -> Any:
-    return parse(command, ["--config", str(config_path(name))])[0]
 
 
 def _table(agent: dict[str, Any], fits: dict[str, dict[str, Any]]) -> Table:

@@ -745,11 +745,11 @@ def _tune(
 
 def _command(config: TuneConfig) -> str:
     """What makes a controller like this one again."""
-    from rlrnn.cli import config_names, config_path, parse
+    from rlrnn.cli import config_names, config_path, load_config
 
     for name in config_names():
         if "tasks" in yaml.safe_load(config_path(name).read_text("utf-8")):
-            shipped, _ = parse("tune", ["--config", str(config_path(name))])
+            shipped = load_config("tune", name)
             if dataclasses.replace(config, run=shipped.run) == shipped:
                 return f"rlrnn tune --config {name}"
     return "rlrnn tune --config RUN/config.yaml"

@@ -574,7 +574,7 @@ def test_demo(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny = {"train": train_config(tmp_path), "fit": fit_config(tmp_path, text)}
-    monkeypatch.setattr(demo, "_shipped", lambda command, _: tiny[command])
+    monkeypatch.setattr(demo, "load_config", lambda command, _: tiny[command])
     monkeypatch.setattr(flows, "SHIPPED", finished["tune"][1] / "controller.zip")
     root = tmp_path / "demo"
     summaries = demo.demo(str(root), str(text), "disabled", seed=0)
