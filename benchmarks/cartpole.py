@@ -20,7 +20,7 @@ from rlrnn.flows import train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="cartpole_hidden_velocity")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(range(9)))
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     shipped: TrainConfig = load_config("train", options.config)
