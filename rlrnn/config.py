@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rlrnn.recurrent import Cell
 from rlrnn.tasks import (
@@ -13,9 +13,8 @@ from rlrnn.tasks import (
     at_least,
     one_of,
 )
+from rlrnn.tracking import Mode
 from rlrnn.training import TrainingConfig
-
-Track = Literal["auto", "online", "offline", "disabled"]
 
 
 def _check_common(config: Any) -> None:
@@ -51,13 +50,13 @@ class RunConfig:
     """
 
     folder: str | None = None
-    track: Track = "auto"
+    track: Mode = "auto"
     project: str = "rlrnn"
     group: str | None = None
     keep: int = 2
 
     def __post_init__(self) -> None:
-        one_of("run.track", self.track, Track)
+        one_of("run.track", self.track, Mode)
         at_least("run.keep", self.keep, 1)
 
 

@@ -44,7 +44,7 @@ from rlrnn.agents.controller import (
 from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.checkpoint import CheckpointError
 from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneConfig
-from rlrnn.control import UNLEARNED, Controller, Signals, prior
+from rlrnn.control import NO_OP, UNLEARNED, Controller, Signals, prior
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
 from rlrnn.tasks import (
@@ -367,7 +367,7 @@ def _train(
         run.artifact(run.folder / "agent.zip", f"agent-{run.folder.name}", "model")
         score = _evaluate_agent(agent, config)
         plot = plots.plot_returns(
-            read_metrics(run.folder), run.folder / "returns.png", config.env, None
+            read_metrics(run.folder), run.folder / "returns.png", config.env
         )
         run.image("returns", plot)
         summary = {
@@ -590,9 +590,8 @@ def _tuning_envs(config: TuneConfig, processes: bool) -> VecEnv:
 class _TuningLog(BaseCallback):
     """Counts finished training runs, and logs what their losses did."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.run = run
         self.episodes = 0
         self.falls: list[float] = []
 
@@ -616,7 +615,7 @@ class _TuningLog(BaseCallback):
         assert isinstance(self.model, RecurrentPPO)
         rollout = self.model.rollout_buffer
         actions = np.asarray(rollout.actions.cpu())
-        no_op = (actions == np.array([3, 1])).mean((0, 1))
+        no_op = (actions == np.array(NO_OP)).mean((0, 1))
         self.logger.record("tune/no_op_rate", float(no_op[0]))
         self.logger.record("tune/no_op_truncation", float(no_op[1]))
 
@@ -686,7 +685,7 @@ def _tune(
         config.device,
         initial_logits=initial_logits(),
     )
-    log = _TuningLog(run)
+    log = _TuningLog()
 
     def tree() -> dict[str, Any]:
         return {

@@ -20,13 +20,10 @@ def _figure(rows: int, height: int) -> Any:
     return figure, figure.subplots(rows, 1, sharex=True, squeeze=False)[:, 0]
 
 
-def plot_returns(rows: Rows, path: Path, title: str, solved: float | None) -> Path:
+def plot_returns(rows: Rows, path: Path, title: str) -> Path:
     """An agent's learning curve: mean return of recent episodes over steps."""
     figure, (axis,) = _figure(1, 4)
     axis.plot(*_series(rows, "env_steps", "rollout/ep_rew_mean"))
-    if solved is not None:
-        axis.axhline(solved, color="grey", linestyle="--", linewidth=1)
-        axis.text(0, solved, f" {solved:g}", va="bottom", color="grey")
     axis.set(xlabel="environment steps", ylabel="return (mean of 100 episodes)")
     axis.set_title(title)
     axis.grid(alpha=0.3)

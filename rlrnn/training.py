@@ -87,10 +87,6 @@ class TrainingConfig:
         return 0.5 if self.optimizer.startswith("adam") else 1.0
 
 
-class DivergedError(RuntimeError):
-    """Training that no recovery could save."""
-
-
 def masked_loss(logits: Tensor, chunk: Chunk, density: float) -> Tensor:
     """Cross-entropy in nats: the sum where a loss is due / (steps * streams * density).
 

@@ -837,8 +837,10 @@ def test_vec_normalize(kind: str, tmp_path: Path) -> None:
 
 
 def test_environment_ids_and_single_environments() -> None:
-    agent(CARTPOLE).learn(32)
-    agent(gymnasium.make(RECALL)).learn(32)
+    for env in (CARTPOLE, gymnasium.make(RECALL)):
+        model = agent(env).learn(32)
+        assert model.num_timesteps >= 32
+        assert model.n_envs == 1  # an id is one numpy environment
 
 
 @pytest.mark.slow
