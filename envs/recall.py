@@ -3,14 +3,21 @@
 from typing import Any, ClassVar
 
 import torch
-from gymnasium.spaces import Discrete
-from jaxtyping import Bool, Float32, Int8, Int64
+from gymnasium.spaces import Discrete, MultiDiscrete
+from jaxtyping import Bool, Float32, Int64
 from torch import Tensor
 
+from rlrnn.envs.cards import (
+    DECK,
+    KINDS,
+    SUITS,
+    Kind,
+    deal,
+    deck_size,
+    full_deck,
+    scalar,
+)
 from rlrnn.envs.tensor import SingleEnv, State, TensorVectorEnv
-
-SUITS = 4
-CARDS_PER_SUIT = 13  # in one deck
 
 
 class RepeatPrevious(TensorVectorEnv):
@@ -49,28 +56,22 @@ class RepeatPrevious(TensorVectorEnv):
         decks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        cards = SUITS * CARDS_PER_SUIT * decks
+        cards = DECK * decks
         if not 1 <= k < cards:
             raise ValueError(
                 f"k is {k} with decks={decks}: choose k from 1 to {cards - 1}"
             )
         super().__init__(num_envs, Discrete(SUITS), Discrete(SUITS), device=device)
         self.k = k
-        # Cards of suits 0 ... j, for j = 0 ... 3: the full deck
-        self._deck = torch.arange(
-            1.0, SUITS + 1, device=self.device, dtype=torch.float32
-        )
-        self._deck = (CARDS_PER_SUIT * decks * self._deck).expand(num_envs, SUITS)
+        self._deck = full_deck(SUITS, decks, num_envs, self.device)
         self._empty = torch.full(
             (num_envs, k - 1), -1, device=self.device, dtype=torch.int8
         )
-        self._right = torch.tensor(
-            1 / (cards - k), device=self.device, dtype=torch.float32
-        )
+        self._right = scalar(1 / (cards - k), self.device)
         self._wrong = -self._right
 
     def start(self, u: Float32[Tensor, "B 1"]) -> State:
-        suit, left = _deal(self._deck, u)
+        suit, left = deal(self._deck, u)
         return {"left": left, "latest": torch.cat([self._empty, suit], dim=1)}
 
     def advance(
@@ -80,7 +81,7 @@ class RepeatPrevious(TensorVectorEnv):
         asked = latest[:, 0]
         rewards = torch.where(actions == asked, self._right, self._wrong)
         rewards = rewards.masked_fill_(asked < 0, 0.0)
-        suit, left = _deal(state["left"], u)
+        suit, left = deal(state["left"], u)
         latest = torch.cat([latest[:, 1:], suit], dim=1)
         return {"left": left, "latest": latest}, rewards, left[:, -1] <= 0
 
@@ -88,19 +89,219 @@ class RepeatPrevious(TensorVectorEnv):
         return state["latest"][:, -1].long()
 
 
-def _deal(
-    left: Float32[Tensor, "B 4"], u: Float32[Tensor, "B 1"]
-) -> tuple[Int8[Tensor, "B 1"], Float32[Tensor, "B 4"]]:
-    """The suit of a card drawn with u from a deck, and the deck without it.
+class RepeatFirst(TensorVectorEnv):
+    """Cards are dealt one by one: name the suit of the first, at every step.
 
-    `left[:, j]` counts the cards left of suits 0 ... j: the suit is the number of
-    counts that the position of the card passes.
+    The task of POPGym (see `RepeatPrevious`), step by step. The N = 52·decks cards are
+    shuffled and dealt without replacement.
+
+    | level  | decks | steps = N-1 | memoryless |
+    |--------|-------|-------------|------------|
+    | easy   | 1     | 51          | -0.499423  |
+    | medium | 8     | 415         | -0.499991  |
+    | hard   | 16    | 831         | -0.499998  |
+
+    - Observation: `Discrete(4)`, the suit of the card dealt last.
+    - Action: `Discrete(4)`, a suit.
+    - Reward: 1/(N-1) if right, -1/(N-1) if wrong; also while the first card is shown.
+    - Start: one card is dealt.
+    - End: terminated when the last card has been dealt; never truncated.
+
+    Returns (undiscounted): the best is 1, always wrong is -1, by chance -1/2. Without
+    memory at most -1/2 + 3/(2·(N-1)²), the last column, for the suit shown: right once
+    for certain, and only a little less often than the others after that.
     """
-    passed = left <= u * left[:, -1:]
-    suit = passed.sum(dim=1, keepdim=True, dtype=torch.int8)
-    return suit, (left + passed).sub_(1)
+
+    start_draws: ClassVar[int] = 1
+    step_draws: ClassVar[int] = 1
+
+    def __init__(
+        self, num_envs: int = 1, *, decks: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        cards = deck_size(decks)
+        super().__init__(num_envs, Discrete(SUITS), Discrete(SUITS), device=device)
+        self._deck = full_deck(SUITS, decks, num_envs, self.device)
+        self._right = scalar(1 / (cards - 1), self.device)
+        self._wrong = -self._right
+
+    def start(self, u: Float32[Tensor, "B 1"]) -> State:
+        suit, left = deal(self._deck, u)
+        return {"left": left, "first": suit, "latest": suit}
+
+    def advance(
+        self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 1"]
+    ) -> tuple[State, Float32[Tensor, "B"], Bool[Tensor, "B"]]:
+        first = state["first"]
+        rewards = torch.where(actions == first[:, 0], self._right, self._wrong)
+        suit, left = deal(state["left"], u)
+        after = {"left": left, "first": first, "latest": suit}
+        return after, rewards, left[:, -1] <= 0
+
+    def observe(self, state: State) -> Int64[Tensor, "B"]:
+        return state["latest"][:, 0].long()
+
+
+class Autoencode(TensorVectorEnv):
+    """All cards are dealt one by one, then: name their suits in the reverse order.
+
+    The task of POPGym (see `RepeatPrevious`), step by step. The N = 52·decks cards are
+    shuffled and dealt without replacement.
+
+    | level  | decks | steps = 2N-1 | of them scored = N | memoryless |
+    |--------|-------|--------------|--------------------|------------|
+    | easy   | 1     | 103          | 52                 | -0.4712    |
+    | medium | 2     | 207          | 104                | -0.4856    |
+    | hard   | 3     | 311          | 156                | -0.4904    |
+
+    - Observation: `MultiDiscrete([2, 4])`, POPGym's `Tuple(Discrete(2), Discrete(4))`
+      as one array: 1 while there are cards to deal, 0 from the last card on; the suit
+      of the card dealt last, and 0 after the first answer.
+    - Action: `Discrete(4)`, a suit.
+    - Reward: 0 while cards are dealt; then 1/N if right, -1/N if wrong. The last card
+      is the first that is asked for, and still in sight.
+    - Start: one card is dealt.
+    - End: terminated after the answer for the first card; never truncated.
+
+    Returns (undiscounted): the best is 1, always wrong is -1, by chance -1/2. Without
+    memory at most -1/2 + 3/(2N), the last column, for the suit shown: right for the
+    last card, and for every card of suit 0.
+    """
+
+    start_draws: ClassVar[int] = 1
+    step_draws: ClassVar[int] = 1
+
+    def __init__(
+        self, num_envs: int = 1, *, decks: int = 1, device: torch.device | str = "cpu"
+    ) -> None:
+        cards = deck_size(decks)
+        space = MultiDiscrete([2, SUITS])
+        super().__init__(num_envs, space, Discrete(SUITS), device=device)
+        self._deck = full_deck(SUITS, decks, num_envs, self.device)
+        self._last = cards - 1  # the place of the last card
+        # Two bits per card, 32 cards to the word: cheap to carry along and to reset
+        self._empty = torch.zeros(
+            (num_envs, self._last // 32 + 1), device=self.device, dtype=torch.int64
+        )
+        self._right = scalar(1 / cards, self.device)
+        self._wrong = -self._right
+
+    def start(self, u: Float32[Tensor, "B 1"]) -> State:
+        suit, left = deal(self._deck, u)
+        watching = left[:, -1:] > 0
+        return {"left": left, "words": self._empty, "watching": watching, "shown": suit}
+
+    def advance(
+        self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 1"]
+    ) -> tuple[State, Float32[Tensor, "B"], Bool[Tensor, "B"]]:
+        steps = state["episode_length"][:, None]
+        # The place of the card shown; then, back from the last, of the one asked for
+        place = torch.minimum(steps, 2 * self._last - steps)
+        word, shift = place >> 5, (place & 31) << 1
+        shown = state["shown"].long() << shift  # 0 once all have been dealt
+        words = state["words"].scatter_add(1, word, shown)
+        asked = words.gather(1, word) >> shift & 3
+        rewards = torch.where(actions[:, None] == asked, self._right, self._wrong)
+        rewards = rewards.masked_fill_(state["watching"], 0.0)
+
+        suit, left = deal(state["left"], u)
+        after = {
+            "left": left,
+            "words": words,
+            "watching": left[:, -1:] > 0,
+            "shown": suit * state["watching"],
+        }
+        return after, rewards[:, 0], steps[:, 0] >= 2 * self._last
+
+    def observe(self, state: State) -> Int64[Tensor, "B 2"]:
+        return torch.cat([state["watching"], state["shown"]], dim=1).long()
+
+
+class CountRecall(TensorVectorEnv):
+    """A card is dealt, another asks: how many of its kind have been dealt so far?
+
+    The task of POPGym (see `RepeatPrevious`), step by step. Cards and questions come
+    from two decks of N = 52·decks cards, K of each of n kinds, shuffled and dealt
+    without replacement.
+
+    | level  | decks | kind   | n  | K  | steps = N-1 | memoryless | chance  |
+    |--------|-------|--------|----|----|-------------|------------|---------|
+    | easy   | 1     | colors | 2  | 26 | 51          | -0.9230    | -0.9259 |
+    | medium | 2     | suits  | 4  | 26 | 103         | -0.9245    | -0.9259 |
+    | hard   | 4     | ranks  | 13 | 16 | 207         | -0.8812    | -0.8824 |
+
+    - Observation: `MultiDiscrete([n, n])`, the kind of the card dealt last and the kind
+      asked for.
+    - Action: `Discrete(K+1)`, the count; the card in sight counts.
+    - Reward: 1/(N-1) if right, -1/(N-1) if wrong.
+    - Start: one card is dealt, and one question.
+    - End: terminated when the last cards have been dealt, with no answer to the last
+      question; never truncated.
+
+    Returns (undiscounted): the best is 1, always wrong is -1, by chance 2/(K+1) - 1.
+    Without memory at most 2·(1 + (n-1)·K/(K+1))/(N-1) - 1, the column before, reached
+    with 1 at all times: whatever is in sight, the counts short of K last equally long
+    in the mean. POPGym's `error_clamp` does nothing there, and is left out; so is its
+    `info`, which holds the counts.
+    """
+
+    start_draws: ClassVar[int] = 2
+    step_draws: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        *,
+        kind: Kind = "colors",
+        decks: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}: choose one of {', '.join(KINDS)}")
+        n, cards = KINDS[kind], deck_size(decks)
+        self._each = cards // n
+        super().__init__(
+            num_envs, MultiDiscrete([n, n]), Discrete(self._each + 1), device=device
+        )
+        deck = full_deck(n, decks, num_envs, self.device)
+        self._decks = torch.stack([deck, deck], dim=1)
+        self._none = torch.zeros_like(deck[:, :1])
+        self._right = scalar(1 / (cards - 1), self.device)
+        self._wrong = -self._right
+
+    def start(self, u: Float32[Tensor, "B 2"]) -> State:
+        kinds, left = deal(self._decks, u[..., None])
+        return {"left": left, "latest": kinds[..., 0]}
+
+    def advance(
+        self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 2"]
+    ) -> tuple[State, Float32[Tensor, "B"], Bool[Tensor, "B"]]:
+        asked = state["latest"][:, 1:].long()
+        undealt = state["left"][:, 0].diff(dim=1, prepend=self._none).gather(1, asked)
+        right = undealt[:, 0] == self._each - actions
+        rewards = torch.where(right, self._right, self._wrong)
+        kinds, left = deal(state["left"], u[..., None])
+        after = {"left": left, "latest": kinds[..., 0]}
+        return after, rewards, left[:, 0, -1] <= 0
+
+    def observe(self, state: State) -> Int64[Tensor, "B 2"]:
+        return state["latest"].long()
 
 
 def repeat_previous(**kwargs: Any) -> SingleEnv:
     """`RepeatPrevious` as an ordinary gymnasium environment."""
     return SingleEnv(RepeatPrevious(**kwargs))
+
+
+def repeat_first(**kwargs: Any) -> SingleEnv:
+    """`RepeatFirst` as an ordinary gymnasium environment."""
+    return SingleEnv(RepeatFirst(**kwargs))
+
+
+def autoencode(**kwargs: Any) -> SingleEnv:
+    """`Autoencode` as an ordinary gymnasium environment."""
+    return SingleEnv(Autoencode(**kwargs))
+
+
+def count_recall(**kwargs: Any) -> SingleEnv:
+    """`CountRecall` as an ordinary gymnasium environment."""
+    return SingleEnv(CountRecall(**kwargs))

@@ -40,6 +40,29 @@ def _register() -> None:
     tensor("RepeatPreviousEasy", *recall, k=4, decks=1)
     tensor("RepeatPreviousMedium", *recall, k=32, decks=2)
     tensor("RepeatPreviousHard", *recall, k=64, decks=3)
+
+    # POPGym's levels of the other games of memory
+    for level, decks in (("Easy", 1), ("Medium", 8), ("Hard", 16)):
+        single, vector = "recall:repeat_first", "recall:RepeatFirst"
+        tensor(f"RepeatFirst{level}", single, vector, decks=decks)
+    for level, decks in (("Easy", 1), ("Medium", 2), ("Hard", 3)):
+        single, vector = "recall:autoencode", "recall:Autoencode"
+        tensor(f"Autoencode{level}", single, vector, decks=decks)
+        single, vector = "cards:higher_lower", "cards:HigherLower"
+        tensor(f"HigherLower{level}", single, vector, decks=decks)
+    count = "recall:count_recall", "recall:CountRecall"
+    tensor("CountRecallEasy", *count, kind="colors", decks=1)
+    tensor("CountRecallMedium", *count, kind="suits", decks=2)
+    tensor("CountRecallHard", *count, kind="ranks", decks=4)
+    pairs = "cards:concentration", "cards:Concentration"
+    tensor("ConcentrationEasy", *pairs, kind="colors", decks=1)
+    tensor("ConcentrationMedium", *pairs, kind="colors", decks=2)
+    tensor("ConcentrationHard", *pairs, kind="ranks", decks=1)
+    bandit = "bandit:multiarmed_bandit", "bandit:MultiarmedBandit"
+    tensor("MultiarmedBanditEasy", *bandit, arms=10, max_episode_steps=200)
+    tensor("MultiarmedBanditMedium", *bandit, arms=20, max_episode_steps=400)
+    tensor("MultiarmedBanditHard", *bandit, arms=30, max_episode_steps=600)
+
     tensor("CartPoleHiddenVelocity", "cartpole:cartpole", "cartpole:CartPole")
 
     classic = "gymnasium.envs.classic_control"  # hidden: the velocities

@@ -34,10 +34,9 @@ from rlrnn.envs.tensor import (
 from rlrnn.envs.wrappers import HideCoordinates
 
 TENSOR_IDS = [
-    "rlrnn/RepeatPreviousEasy-v0",
-    "rlrnn/RepeatPreviousMedium-v0",
-    "rlrnn/RepeatPreviousHard-v0",
-    "rlrnn/CartPoleHiddenVelocity-v0",
+    id
+    for id, spec in gymnasium.registry.items()
+    if id.startswith("rlrnn/") and spec.vector_entry_point
 ]
 HIDDEN_IDS = [
     "rlrnn/PendulumHiddenVelocity-v0",
@@ -224,7 +223,7 @@ def test_unseeded_runs_differ_and_can_be_repeated() -> None:
 def test_two_faces_agree(id: str) -> None:
     """Step by step, over several episodes: copy 0 of many, and the single face."""
     many, single = make_vec(id, 5), gymnasium.make(id)
-    actions = random_actions(many, 500)
+    actions = random_actions(many, 3_000)
     start, _ = many.reset(seed=9)
     obs, info = single.reset(seed=9)
     assert np.array_equal(obs, start[0].numpy()) and info == {}
@@ -243,7 +242,9 @@ def test_two_faces_agree(id: str) -> None:
             episodes += 1
             obs, _ = single.reset()
         assert np.array_equal(obs, after[0].numpy())
-    assert episodes >= 3
+        if episodes == 3:
+            return
+    raise AssertionError(f"{episodes} episodes in 3,000 steps, expected 3")
 
 
 def test_reset_in_the_middle_agrees() -> None:
@@ -309,7 +310,7 @@ def test_terminated_is_not_truncated() -> None:
 
 
 class CountSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations, and those that wait for the device."""
+    """Counts operations other than views, and those that wait for the device."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
 
@@ -321,7 +322,7 @@ class CountSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        self.ops += 1
+        self.ops += not func.is_view
         name = func.overloadpacket.__name__
         indices = args[1] if name == "index" else ()
         if name in self.WAITING or any(i.dtype == torch.bool for i in indices):
@@ -338,7 +339,7 @@ def test_step_never_waits_for_the_device(id: str) -> None:
         for action in actions.unbind():
             env.step(action)
     assert count.waits == []
-    assert count.ops <= 50 * 50 + 1, f"{count.ops / 50} operations per step"
+    assert count.ops <= 64 * 50 + 1, f"{count.ops / 50} operations per step"
     with CountSyncs() as count:  # it would have seen one
         bool(actions.any())
         actions[actions > 0]
@@ -410,9 +411,9 @@ def test_repeat_previous_deck_is_shuffled() -> None:
     assert abs(same.mean() - 12 / 51) < 5 * error
 
 
-@pytest.mark.parametrize("id", TENSOR_IDS[:3])
-def test_repeat_previous_ceilings(id: str) -> None:
-    env = make_vec(id, 512)
+@pytest.mark.parametrize("level", ["Easy", "Medium", "Hard"])
+def test_repeat_previous_ceilings(level: str) -> None:
+    env = make_vec(f"rlrnn/RepeatPrevious{level}-v0", 512)
     assert isinstance(env, RepeatPrevious)
     k, steps = env.k, 2 * 155
     history: list[Tensor] = []
