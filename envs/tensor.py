@@ -8,6 +8,7 @@ numbers, time limit, autoreset, statistics, checks. `SingleEnv` is the same task
 everyone else: one copy, in numpy.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -66,6 +67,20 @@ def uniform(
     counters = stream + offsets
     top = _mix(counters) >> 40  # signed: -2^23 ... 2^23 - 1
     return torch.add(_HALF, top, alpha=2**-24), counters[:, -1:]
+
+
+def normal(u: Float32[Tensor, "*any"]) -> Float32[Tensor, "*any"]:
+    """Standard normal numbers, the quantiles at u + 2^-25: so none is infinite."""
+    return (2 * u).sub_(1 - 2**-24).erfinv_().mul_(math.sqrt(2))
+
+
+def choose(
+    allowed: Bool[Tensor, "B n"], u: Float32[Tensor, "B 1"]
+) -> Int64[Tensor, "B 1"]:
+    """The index of one of the True in each row, all equally likely; n if none is."""
+    count = allowed.cumsum(dim=1, dtype=torch.int32)
+    nth = (u * count[:, -1:]).int()
+    return (count <= nth).sum(dim=1, keepdim=True)
 
 
 # ------------------------------------------------------------------- the two faces
