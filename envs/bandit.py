@@ -83,7 +83,7 @@ class MultiarmedBandit(TensorVectorEnv):
         self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 2"]
     ) -> tuple[State, Float32[Tensor, "B"], Bool[Tensor, "B"]]:
         arm = actions[:, None]
-        fresh, chance = u.split(1, dim=1)
+        fresh, chance = u.chunk(2, dim=1)
         odds = state["odds"].gather(1, arm)
         odds = torch.where(odds < 0, fresh, odds)
         paid = (chance < odds)[:, 0]

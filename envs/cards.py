@@ -4,7 +4,7 @@ Morad et al., "POPGym: Benchmarking Partially Observable Reinforcement Learning"
 ICLR 2023. Letters: N cards, K of each of n kinds; B copies.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor
 from rlrnn.envs.tensor import SingleEnv, State, TensorVectorEnv
 
 DECK = 52
-Kind = Literal["colors", "suits", "ranks"]
-KINDS: dict[Kind, int] = {"colors": 2, "suits": 4, "ranks": 13}
+KINDS = {"colors": 2, "suits": 4, "ranks": 13}
 SUITS, RANKS = KINDS["suits"], KINDS["ranks"]
 
 
@@ -152,7 +151,7 @@ class Concentration(TensorVectorEnv):
         self,
         num_envs: int = 1,
         *,
-        kind: Literal["colors", "ranks"] = "colors",
+        kind: str = "colors",
         decks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -11,7 +11,6 @@ from rlrnn.envs.cards import (
     DECK,
     KINDS,
     SUITS,
-    Kind,
     deal,
     deck_size,
     full_deck,
@@ -251,7 +250,7 @@ class CountRecall(TensorVectorEnv):
         self,
         num_envs: int = 1,
         *,
-        kind: Kind = "colors",
+        kind: str = "colors",
         decks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
