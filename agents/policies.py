@@ -23,8 +23,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from rlrnn import seeding
+from rlrnn.agents.acting import Step, stepper
 from rlrnn.agents.distributions import Gaussian, distribution_for
-from rlrnn.recurrent import Cell, Recurrent
+from rlrnn.recurrent import Cell, Recurrent, together
 
 
 class RecurrentPolicy(BasePolicy):
@@ -153,36 +154,55 @@ class RecurrentPolicy(BasePolicy):
 
         `starts[t, b]`: an episode of environment b begins with `obs[t, b]`.
         """
-        features = self._features(obs)
-        mine, its = self._split(state)
-        latent, mine = self.actor(features, mine, starts)
-        values, its = self._values(features, latent, its, starts)
-        return self._params(latent), values, torch.cat((mine, its))
-
-    def act(
-        self,
-        obs: Shaped[Tensor, "B *obs"],
-        state: Float[Tensor, "S B H"],
-        starts: Bool[Tensor, "B"],
-        generator: torch.Generator,
-        deterministic: bool = False,
-    ) -> tuple[
-        Shaped[Tensor, "B *action"],
-        Float[Tensor, "B"],
-        Float[Tensor, "B"],
-        Float[Tensor, "S B H"],
-    ]:
-        """One step: actions, values, log probabilities of the actions, and the state.
-
-        The actions of a `Box` are not clipped to it.
-        """
-        params, values, state = self.evaluate_sequence(obs[None], state, starts[None])
-        params = params[0]
-        if deterministic:
-            actions = self.distribution.mode(params)
+        features = self.features(obs)
+        mine, its = self.split(state)
+        if isinstance(self.critic, Recurrent):
+            (latent, mine), (critic_latent, its) = together(
+                [self.actor, self.critic], [features] * 2, [mine, its], starts
+            )
         else:
-            actions = self.distribution.sample(params, generator)
-        return actions, values[0], self.distribution.log_prob(params, actions), state
+            latent, mine = self.actor(features, mine, starts)
+            critic_latent = self._memoryless(features, latent)
+        values = self.value_net(self.critic_mlp(critic_latent)).squeeze(-1)
+        return self.params(latent), values, torch.cat((mine, its))
+
+    def stepper(self) -> Step:
+        """The actor alone, a step at a time: features, its state [_, B, H] and starts
+        to parameters, latents and state. For as long as the weights stay as they are.
+        """
+        step = stepper(self.actor, nn.Sequential(*self.actor_mlp, self.action_net))
+        if self.log_std is None:
+            return step
+        log_std = self.log_std.detach()
+
+        def gaussian(
+            features: Tensor, state: Tensor, starts: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            means, latent, state = step(features, state, starts)
+            params = torch.cat((means, log_std.expand_as(means)), -1)
+            return params, latent, state
+
+        return gaussian
+
+    def appraise(
+        self,
+        features: Float[Tensor, "T B F"],
+        latents: Float[Tensor, "T B _"],
+        state: Float[Tensor, "_ B _"],
+        starts: Bool[Tensor, "T B"],
+    ) -> tuple[Float[Tensor, "T B"], Float[Tensor, "T _ B _"]]:
+        """The critic alone, without gradients: values, and its state after each step.
+
+        `latents` are what the actor made of the features: all that a shared one sees.
+        """
+        with torch.no_grad():
+            if isinstance(self.critic, Recurrent):
+                states = self.critic.trace(features, state, starts)
+                latents = states[:, self.critic.layers - 1]
+            else:
+                states = state.expand(len(features), *state.shape)
+                latents = self._memoryless(features, latents)
+            return self.value_net(self.critic_mlp(latents)).squeeze(-1), states
 
     def value(
         self,
@@ -191,13 +211,12 @@ class RecurrentPolicy(BasePolicy):
         starts: Bool[Tensor, "B"],
     ) -> Float[Tensor, "B"]:
         """The values of `obs` seen next in `state`, which stays as it is."""
-        features = self._features(obs[None])
-        mine, its = self._split(state)
-        latent = features  # what only a shared critic looks at
+        features = self.features(obs[None])
+        mine, its = self.split(state)
+        latents = features  # what only a shared critic looks at
         if self.shared_lstm:
-            latent, _ = self.actor(features, mine, starts[None])
-        values, _ = self._values(features, latent, its, starts[None])
-        return values[0]
+            latents, _ = self.actor(features, mine, starts[None])
+        return self.appraise(features, latents, its, starts[None])[0][0]
 
     def predict(
         self,
@@ -228,8 +247,8 @@ class RecurrentPolicy(BasePolicy):
         begins = np.broadcast_to(np.asarray(begins, bool), n)
         starts = torch.tensor(begins, device=rows.device)
         with torch.no_grad():
-            latent, rows = self.actor(self._features(obs[None]), rows, starts[None])
-            params = self._params(latent)[0].cpu()
+            latent, rows = self.actor(self.features(obs[None]), rows, starts[None])
+            params = self.params(latent)[0].cpu()
         if deterministic:
             actions = self.distribution.mode(params).numpy()
         else:
@@ -259,31 +278,22 @@ class RecurrentPolicy(BasePolicy):
             return self.distribution.mode(params)
         return self.distribution.sample(params, self.generator)
 
-    def _features(self, obs: Shaped[Tensor, "T B *obs"]) -> Float[Tensor, "T B F"]:
+    def features(self, obs: Shaped[Tensor, "T B *obs"]) -> Float[Tensor, "T B F"]:
         """Preprocessed as in Stable-Baselines3: integers become one-hot vectors."""
         features = self.extract_features(obs.flatten(0, 1), self.features_extractor)
         return features.reshape(*obs.shape[:2], -1)
 
-    def _split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of the actor, and those of the critic."""
         return state[: self._actor_rows], state[self._actor_rows :]
 
-    def _params(self, latent: Float[Tensor, "T B H"]) -> Float[Tensor, "T B P"]:
+    def params(self, latent: Float[Tensor, "*T B H"]) -> Float[Tensor, "*T B P"]:
+        """Parameters of the action distribution."""
         params: Tensor = self.action_net(self.actor_mlp(latent))
         if self.log_std is not None:
             params = torch.cat((params, self.log_std.expand_as(params)), -1)
         return params
 
-    def _values(
-        self,
-        features: Float[Tensor, "T B F"],
-        latent: Float[Tensor, "T B _"],
-        state: Float[Tensor, "_ B H"],
-        starts: Bool[Tensor, "T B"],
-    ) -> tuple[Float[Tensor, "T B"], Float[Tensor, "_ B H"]]:
-        if self.critic is None:
-            latent = latent.detach()
-        elif isinstance(self.critic, Recurrent):
-            latent, state = self.critic(features, state, starts)
-        else:
-            latent = self.critic(features)
-        return self.value_net(self.critic_mlp(latent)).squeeze(-1), state
+    def _memoryless(self, features: Tensor, latents: Tensor) -> Tensor:
+        """What a critic without recurrence of its own looks at."""
+        return latents.detach() if self.critic is None else self.critic(features)

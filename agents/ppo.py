@@ -172,6 +172,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         assert isinstance(policy, RecurrentPolicy)
         self.policy = policy.to(self.device)
         self._last_state = self.policy.initial_state(self.n_envs)
+        self._played: list[tuple[Tensor, ...]] = []  # of a rollout that is under way
         self.rollout_buffer = None  # type: ignore[assignment]  # nothing played yet
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -215,62 +216,76 @@ class RecurrentPPO(OnPolicyAlgorithm):
         Callbacks find the locals that Stable-Baselines3 has; `dones` and `infos` are as
         the environment gave them: tensors, if it is a tensor environment.
         """
-        self.policy.set_training_mode(False)
+        policy = self.policy
+        policy.set_training_mode(False)
         source = source_of(env, self.device)
         length = segment_length(n_rollout_steps, self.batch_size)
         callback.on_rollout_start()
 
         obs = torch.as_tensor(self._last_obs, device=self.device)  # [B, ...]
         starts = torch.as_tensor(self._last_episode_starts, device=self.device)  # [B]
-        state = self._last_state  # [S, B, H]
-        untruncated = torch.zeros(env.num_envs, device=self.device)
-        played, earned, states = [], [], []
+        mine, its = policy.split(self._last_state)
+        cuts: list[Tensor] = []  # the actor's states where segments begin
+        finals: list[tuple[int, Tensor, Tensor]] = []  # step, observation, state
+        self._played = played = []
+        act = policy.stepper()
 
         for t in range(n_rollout_steps):
             if t % length == 0:
-                states.append(state)
+                cuts.append(mine)
             with torch.no_grad():
-                actions, values, log_probs, state = self.policy.act(
-                    obs, state, starts, self._acting
-                )
+                features = policy.features(obs[None])[0]
+                params, latent, mine = act(features, mine, starts)
+                actions = policy.distribution.sample(params, self._acting)
+            played.append((obs, actions, starts, params, features, latent))
             step = source.step(actions)
-            final_values = untruncated
             if step.final_obs is not None:
-                # `state` is still that of the episode that was cut
-                on = torch.zeros_like(step.starts)
-                with torch.no_grad():
-                    final_values = self.policy.value(step.final_obs, state, on)
-            played.append((obs, actions, starts, values, log_probs, final_values))
-            earned.append((step.rewards, step.terminated, step.truncated))
-            obs, rewards, starts = step.obs, step.rewards, step.starts
+                # `mine` is still that of the episode that was cut
+                finals.append((t, step.final_obs, mine))
+            obs, starts = step.obs, step.starts
             # at each step, so that a callback may save
             self._last_obs, self._last_episode_starts = obs, starts  # type: ignore[assignment]
-            self._last_state = state
+            self._last_state = torch.cat((mine, its))
             self.num_timesteps += env.num_envs
-            new_obs, dones, infos = obs, step.dones, step.infos  # for callbacks
+            new_obs, rewards = obs, step.rewards  # for callbacks
+            dones, infos = step.dones, step.infos
             callback.update_locals(locals())
             if not callback.on_step():
+                self._last_state, self._played = self._state_now(), []
                 return False
 
-        with torch.no_grad():
-            last_values = self.policy.value(obs, state, starts)
-        obs_, actions_, starts_, values_, log_probs_, finals_ = map(
+        obs_, actions_, starts_, params_, features_, latents_ = map(
             torch.stack, zip(*played, strict=True)
         )
-        rewards_, terminated_, truncated_ = (
-            torch.stack(x).to(self.device) for x in zip(*earned, strict=True)
-        )
+        self._played = []
+        # The critic does not act: it goes over what was played in one pass.
+        values_, its_ = policy.appraise(features_, latents_, its, starts_)
+        self._last_state = torch.cat((mine, its_[-1]))
+        with torch.no_grad():
+            log_probs_ = policy.distribution.log_prob(params_, actions_)
+            last_values = policy.value(obs, self._last_state, starts)
+        earned = source.earned()  # the one look at the device
+        finals_ = torch.zeros_like(values_)
+        if finals:
+            when = [t for t, _, _ in finals]
+            state = torch.cat((torch.stack([s for _, _, s in finals]), its_[when]), 1)
+            seen = torch.cat([o for _, o, _ in finals])  # [n·B, ...]
+            going_on = starts.new_zeros(len(seen))
+            worth = policy.value(seen, state.transpose(0, 1).flatten(1, 2), going_on)
+            finals_[when] = worth.reshape(len(when), -1)
         following = returns.next_values(
-            values_, last_values, terminated_, truncated_, finals_
+            values_, last_values, earned.terminated, earned.truncated, finals_
         )
         advantages = returns.gae(
-            self.reward_scale * rewards_,
+            self.reward_scale * earned.rewards,
             values_,
             following,
-            terminated_ | truncated_,
+            earned.terminated | earned.truncated,
             self.gamma,
             self.gae_lambda,
         )
+        critic_cuts = [its, *its_[length - 1 : -1 : length]]
+        states = [torch.cat(pair) for pair in zip(cuts, critic_cuts, strict=True)]
         self.rollout_buffer = Rollout(
             obs_,
             actions_,
@@ -282,13 +297,26 @@ class RecurrentPPO(OnPolicyAlgorithm):
             torch.stack(states),
         )
         assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
-        episodes, successes = source.finished()  # the one look at the device
-        self.ep_info_buffer.extend(episodes)
-        self.ep_success_buffer.extend(successes)
+        self.ep_info_buffer.extend(earned.episodes)
+        self.ep_success_buffer.extend(earned.successes)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _state_now(self) -> Tensor:
+        """The recurrent state [S, B, H], within a rollout too.
+
+        There the critic is behind: it has not seen yet what was played.
+        """
+        if not self._played:
+            return self._last_state
+        mine, its = self.policy.split(self._last_state)
+        _, _, starts, _, features, latents = map(
+            torch.stack, zip(*self._played, strict=True)
+        )
+        _, states = self.policy.appraise(features, latents, its, starts)
+        return torch.cat((mine, states[-1]))
 
     def train(self) -> None:
         """Some epochs of clipped policy gradient over what was played last."""
@@ -431,7 +459,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             "env": env_state,
             "last_obs": self._last_obs,
             "last_starts": self._last_episode_starts,
-            "last_state": self._last_state,
+            "last_state": self._state_now(),
             "normalize": None if normalize is None else _statistics(normalize),
         }
 

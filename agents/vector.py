@@ -119,27 +119,35 @@ class Step(NamedTuple):
     """One step of B environments, which have been reset where they are done.
 
     `final_obs` holds the observations before the reset, or None if nothing truncated.
-    `dones` and `infos` are as the environment has them, for callbacks.
+    `rewards`, `dones` and `infos` are as the environment has them, for callbacks.
     """
 
     obs: Shaped[Tensor, "B *obs"]
-    rewards: Float[Tensor, "B"]
-    terminated: Bool[Tensor, "B"]
-    truncated: Bool[Tensor, "B"]
     starts: Bool[Tensor, "B"]
     final_obs: Shaped[Tensor, "B *obs"] | None
+    rewards: Any
     dones: Any
     infos: Any
 
 
+class Earned(NamedTuple):
+    """What T steps of B environments earned, and how episodes ended."""
+
+    rewards: Float[Tensor, "T B"]
+    terminated: Bool[Tensor, "T B"]
+    truncated: Bool[Tensor, "T B"]
+    episodes: list[Episode]
+    successes: list[Any]
+
+
 @runtime_checkable
 class Source(Protocol):
-    """Steps environments for one rollout and keeps count of the episodes that end."""
+    """Steps environments for one rollout and keeps what they give."""
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step: ...
 
-    def finished(self) -> tuple[list[Episode], list[Any]]:
-        """The episodes that ended since the beginning, and which were a success."""
+    def earned(self) -> Earned:
+        """All since the beginning, on the agent's device."""
         ...
 
 
@@ -155,12 +163,12 @@ def source_of(env: VecEnv, device: torch.device) -> Source:
 
 
 class TensorSource:
-    """Nothing here waits for the device before `finished`."""
+    """Nothing here waits for the device before `earned`."""
 
     def __init__(self, env: TensorVecEnv) -> None:
         self.face = env
         self.truncates = env.env.metadata.get("truncates") is not False
-        self.statistics: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.steps: list[tuple[Tensor, ...]] = []
         space = env.action_space
         example = torch.from_numpy(np.zeros((), space.dtype))
         self.dtype = example.dtype
@@ -176,11 +184,10 @@ class TensorSource:
             actions.to(self.dtype)
         )
         dones = terminated | truncated
-        self.statistics.append(
-            (dones, infos["episode_return"], infos["episode_length"])
-        )
+        totals = infos["episode_return"], infos["episode_length"]
+        self.steps.append((rewards, terminated, truncated, *totals))
         final_obs = infos["final_obs"] if self._may_truncate(truncated) else None
-        return Step(obs, rewards, terminated, truncated, dones, final_obs, dones, infos)
+        return Step(obs, dones, final_obs, rewards, dones, infos)
 
     def _may_truncate(self, truncated: Tensor) -> bool:
         """On a CPU the answer is free; elsewhere asking costs more than valuing all."""
@@ -188,12 +195,17 @@ class TensorSource:
             return bool(truncated.any())
         return self.truncates
 
-    def finished(self) -> tuple[list[Episode], list[Any]]:
-        columns = [torch.stack(x).double() for x in zip(*self.statistics, strict=True)]
-        dones, returns, lengths = torch.stack(columns).cpu().numpy()
-        ended = dones.astype(bool)
-        pairs = zip(returns[ended], lengths[ended], strict=True)
-        return [self.face.episode(float(r), int(n)) for r, n in pairs], []
+    def earned(self) -> Earned:
+        rewards, terminated, truncated, returns, lengths = (
+            torch.stack(x) for x in zip(*self.steps, strict=True)
+        )
+        ended = terminated | truncated
+        table = torch.stack((ended.double(), returns.double(), lengths.double()))
+        ended_, returns_, lengths_ = table.cpu().numpy()
+        chosen = ended_.astype(bool)
+        pairs = zip(returns_[chosen], lengths_[chosen], strict=True)
+        episodes = [self.face.episode(float(r), int(n)) for r, n in pairs]
+        return Earned(rewards, terminated, truncated, episodes, [])
 
 
 class NumpySource:
@@ -202,42 +214,66 @@ class NumpySource:
     def __init__(self, env: VecEnv, device: torch.device) -> None:
         self.env = env
         self.device = device
+        self.rewards: list[NDArray[Any]] = []
+        self.dones: list[NDArray[Any]] = []
+        self.truncated: list[NDArray[Any]] = []
         self.episodes: list[Episode] = []
         self.successes: list[Any] = []
+        self.none = np.zeros(env.num_envs, bool)
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
         space = self.env.action_space
         played = actions.cpu().numpy()
         if isinstance(space, spaces.Box):
             played = np.clip(played, space.low, space.high)
-        obs, rewards, dones, infos = self.env.step(played.astype(space.dtype))
+        obs, rewards, dones, infos = self.env.step(
+            played.astype(space.dtype, copy=False)
+        )
         assert isinstance(obs, np.ndarray)
+        truncated, final_obs = self.none, None
+        if dones.any():
+            truncated, final_obs = self._ended(obs, dones, infos)
+        self.rewards.append(rewards.copy())
+        self.dones.append(dones.copy())
+        self.truncated.append(truncated)
+        # copies: a VecEnv may write into its arrays again
+        return Step(
+            torch.tensor(obs, device=self.device),
+            torch.tensor(dones, device=self.device),
+            final_obs,
+            rewards,
+            dones,
+            infos,
+        )
+
+    def _ended(
+        self, obs: NDArray[Any], dones: NDArray[Any], infos: list[dict[str, Any]]
+    ) -> tuple[NDArray[Any], Tensor | None]:
+        """Who was truncated, and the observations before their resets."""
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         truncated &= dones
-        final_obs = None
-        if truncated.any():
-            final = obs.copy()
-            for i in np.flatnonzero(truncated):
-                final[i] = infos[i]["terminal_observation"]
-            final_obs = torch.tensor(final, device=self.device)
         for done, info in zip(dones, infos, strict=True):
             if "episode" in info:
                 self.episodes.append(info["episode"])
             if done and "is_success" in info:
                 self.successes.append(info["is_success"])
-        return Step(
-            torch.tensor(obs, device=self.device),
-            torch.tensor(rewards, dtype=torch.float32),
-            torch.tensor(dones & ~truncated),
-            torch.tensor(truncated),
-            torch.tensor(dones, device=self.device),
-            final_obs,
-            dones,
-            infos,
-        )
+        if not truncated.any():
+            return truncated, None
+        final = obs.copy()
+        for i in np.flatnonzero(truncated):
+            final[i] = infos[i]["terminal_observation"]
+        return truncated, torch.tensor(final, device=self.device)
 
-    def finished(self) -> tuple[list[Episode], list[Any]]:
-        return self.episodes, self.successes
+    def earned(self) -> Earned:
+        dones, truncated = np.stack(self.dones), np.stack(self.truncated)
+        rewards = np.stack(self.rewards).astype(np.float32)
+        return Earned(
+            torch.from_numpy(rewards).to(self.device),
+            torch.from_numpy(dones & ~truncated).to(self.device),
+            torch.from_numpy(truncated).to(self.device),
+            self.episodes,
+            self.successes,
+        )
 
 
 def _numpy(x: Tensor) -> NDArray[Any]:

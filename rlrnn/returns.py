@@ -46,9 +46,11 @@ def gae(
     """
     deltas = rewards + gamma * following - values
     carry = gamma * lam * (~dones).to(rewards.dtype)
-    advantages = torch.empty_like(deltas)
+    advantages = []
     advantage = torch.zeros_like(deltas[0])
-    for t in range(len(deltas) - 1, -1, -1):
-        advantage = deltas[t] + carry[t] * advantage
-        advantages[t] = advantage
-    return advantages
+    for delta, keep in zip(
+        deltas.flip(0).unbind(), carry.flip(0).unbind(), strict=True
+    ):
+        advantage = torch.addcmul(delta, keep, advantage)
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])

@@ -39,7 +39,6 @@ from rlrnn.agents.distributions import (
 from rlrnn.agents.rollout import Rollout, minibatches, segment_length
 from rlrnn.agents.vector import TensorSource, TensorVecEnv
 from rlrnn.checkpoint import CheckpointError
-from rlrnn.recurrent import Recurrent
 
 ROOT = Path(__file__).parents[1]
 CARTPOLE = "rlrnn/CartPoleHiddenVelocity-v0"
@@ -237,20 +236,50 @@ def test_acting_equals_learning(variant: dict[str, Any]) -> None:
     T, B = 7, 3
     obs = torch.randn(T, B, 3, generator=g)
     starts = torch.rand(T, B, generator=g) < 0.3
-    state = first = torch.randn(policy.initial_state(B).shape, generator=g)
-    steps = []
+    first = torch.randn(policy.initial_state(B).shape, generator=g)
+    mine, its = policy.split(first)
+    act, steps = policy.stepper(), []
     for t in range(T):
+        now = slice(t, t + 1)
+        features = policy.features(obs[now])
+        params, latent, after = act(features[0], mine, starts[t])
+        values, states = policy.appraise(features, latent[None], its, starts[now])
+        state = torch.cat((mine, its))
+        expected = policy.evaluate_sequence(obs[now], state, starts[now])
+        for ours, theirs in zip(
+            (params, values[0], torch.cat((after, states[-1]))),
+            (expected[0][0], expected[1][0], expected[2]),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(
-            policy.value(obs[t], state, starts[t]),
-            policy.evaluate_sequence(obs[t : t + 1], state, starts[t : t + 1])[1][0],
+            policy.value(obs[t], state, starts[t]), expected[1][0]
         )
-        actions, values, log_probs, state = policy.act(obs[t], state, starts[t], g)
-        steps.append((actions, values, log_probs))
-    actions, values, log_probs = map(torch.stack, zip(*steps, strict=True))
-    params, sequence_values, end = policy.evaluate_sequence(obs, first, starts)
+        mine, its = after, states[-1]
+        steps.append((params, values[0]))
+    params, values = map(torch.stack, zip(*steps, strict=True))
+    sequence_params, sequence_values, end = policy.evaluate_sequence(obs, first, starts)
     torch.testing.assert_close(sequence_values, values)
-    torch.testing.assert_close(policy.distribution.log_prob(params, actions), log_probs)
-    torch.testing.assert_close(end, state)
+    torch.testing.assert_close(sequence_params, params)
+    torch.testing.assert_close(end, torch.cat((mine, its)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_compiled_step_equals_torch(
+    variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(spaces.Discrete(3), activation_fn=nn.ReLU, **variant)
+    g = torch.Generator().manual_seed(0)
+    features, starts = torch.randn(5, 3, generator=g), torch.arange(5) % 2 == 1
+    state, _ = policy.split(torch.randn(policy.initial_state(5).shape, generator=g))
+    compiled = policy.stepper()
+    monkeypatch.setattr("rlrnn.agents.acting.compiles", lambda x: False)
+    plain = policy.stepper()
+    assert type(compiled) is not type(plain)
+    for ours, theirs in zip(
+        compiled(features, state, starts), plain(features, state, starts), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_shared_critic_sends_no_gradient_to_the_actor() -> None:
@@ -624,7 +653,8 @@ def test_collection_and_update_look_at_the_device_once_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # what an accelerator would run
-    monkeypatch.setattr(Recurrent, "forward", Recurrent.reference)
+    for module in ("recurrent", "agents.acting"):
+        monkeypatch.setattr(f"rlrnn.{module}.compiles", lambda x: False)
     monkeypatch.setattr(TensorSource, "_may_truncate", lambda self, truncated: True)
     model = agent(tensor_env(max_episode_steps=7))
     model.learn(64)  # everything lazy has happened
