@@ -72,34 +72,33 @@ class _Compiled:
     def __call__(
         self, features: Tensor, state: Tensor, starts: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        core = self.core
         x = features.detach().contiguous().numpy()
+        before = state.detach().numpy()
+        columns, size, depth = len(x), self.core.hidden_size, self.core.layers
+        after = np.empty((depth, len(before) // depth, columns, size), x.dtype)
         begins = starts.numpy()[None, None]
-        after = torch.empty_like(state)
-        before_, after_ = state.detach().numpy(), after.numpy()
-        columns, size = len(x), core.hidden_size
         for layer, (w_x, bias, w_h, b_n) in enumerate(self.cells):
             gates = kernels.linear(x, w_x, bias)[None, None]
-            x = np.empty((columns, size), x.dtype)
-            kept = x if core.cell == "rnn" else np.empty(x.shape, x.dtype)
-            last = np.empty((1, len(state) // core.layers, columns, size), x.dtype)
+            y = np.empty((1, 1, columns, size), x.dtype)
             kernels.forward(
-                core.cell,
+                self.core.cell,
                 gates,
                 w_h,
                 b_n,
-                before_[None, layer :: core.layers].copy(),
+                np.ascontiguousarray(before[None, layer::depth]),
                 begins,
-                x[None, None],
-                kept[None, None],
-                last,
+                y,
+                y if self.core.cell == "rnn" else np.empty_like(y),
+                after[None, layer],
                 1,
             )
-            after_[layer :: core.layers] = last[0]
-        latent = x
+            x = y[0, 0]
+        latent = torch.from_numpy(x)
         for packed, bias, squash in self.layers:
             x = kernels.linear(x, packed, bias, squash)
-        return torch.from_numpy(x), torch.from_numpy(latent), after
+        # from [L, R, B, H] to the rows of a state: all h, then all c
+        rows = after[0] if depth == 1 else after.swapaxes(0, 1).reshape(before.shape)
+        return torch.from_numpy(x), latent, torch.from_numpy(rows)
 
 
 def _pack(weight: Tensor) -> kernels.Array:

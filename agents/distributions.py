@@ -176,4 +176,4 @@ def _shaped(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _perturb(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Logits plus Gumbel noise: the largest one is a sample (Gumbel 1954)."""
-    return logits - torch.empty_like(logits).exponential_(generator=generator).log()
+    return logits - torch.empty_like(logits).exponential_(generator=generator).log_()

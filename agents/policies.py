@@ -14,6 +14,7 @@ from gymnasium import spaces
 from jaxtyping import Bool, Float, Shaped
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     FlattenExtractor,
@@ -132,6 +133,12 @@ class RecurrentPolicy(BasePolicy):
             with torch.no_grad():
                 self.action_net.weight.zero_()
                 self.action_net.bias.copy_(torch.tensor(initial_logits))
+        # an observation that is its own features
+        self._plain = (
+            features_extractor_class is FlattenExtractor
+            and isinstance(observation_space, spaces.Box)
+            and not is_image_space(observation_space)
+        )
         self._actor_rows = len(self.actor.initial_state(1))
         self.generator = seeding.generator(seed, "predict")
         adam = {"eps": 1e-5, "fused": True, **(optimizer_kwargs or {})}
@@ -280,6 +287,8 @@ class RecurrentPolicy(BasePolicy):
 
     def features(self, obs: Shaped[Tensor, "T B *obs"]) -> Float[Tensor, "T B F"]:
         """Preprocessed as in Stable-Baselines3: integers become one-hot vectors."""
+        if self._plain and obs.dtype == torch.float32:
+            return obs.flatten(2)
         features = self.extract_features(obs.flatten(0, 1), self.features_extractor)
         return features.reshape(*obs.shape[:2], -1)
 

@@ -245,7 +245,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             obs, starts = step.obs, step.starts
             # at each step, so that a callback may save
             self._last_obs, self._last_episode_starts = obs, starts  # type: ignore[assignment]
-            self._last_state = torch.cat((mine, its))
+            self._mine = mine
             self.num_timesteps += env.num_envs
             new_obs, rewards = obs, step.rewards  # for callbacks
             dones, infos = step.dones, step.infos
@@ -307,16 +307,17 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def _state_now(self) -> Tensor:
         """The recurrent state [S, B, H], within a rollout too.
 
-        There the critic is behind: it has not seen yet what was played.
+        There `_last_state` is that at its beginning; the actor's is `_mine`, and the
+        critic has not seen yet what was played.
         """
         if not self._played:
             return self._last_state
-        mine, its = self.policy.split(self._last_state)
+        _, its = self.policy.split(self._last_state)
         _, _, starts, _, features, latents = map(
             torch.stack, zip(*self._played, strict=True)
         )
         _, states = self.policy.appraise(features, latents, its, starts)
-        return torch.cat((mine, states[-1]))
+        return torch.cat((self._mine, states[-1]))
 
     def train(self) -> None:
         """Some epochs of clipped policy gradient over what was played last."""
@@ -330,12 +331,11 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 self._current_progress_remaining
             )
         segments = self.rollout_buffer.segments()
-        stats: list[Tensor] = []  # six numbers per minibatch
-        grad_norms: list[Tensor] = []
+        update = _Update()
         go_on = True
 
         for _ in range(self.n_epochs):
-            epoch_begin = len(stats)
+            update.begin_epoch()
             for batch in minibatches(segments, self.batch_size, self._shuffling):
                 params, values, _ = policy.evaluate_sequence(
                     batch.obs, batch.state, batch.starts
@@ -344,36 +344,31 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 log_ratio = log_ratio - batch.log_probs
                 advantages = batch.advantages
                 if self.normalize_advantage and advantages.numel() > 1:
-                    advantages = (advantages - advantages.mean()) / (
-                        advantages.std() + 1e-8
-                    )
+                    deviation, mean = torch.std_mean(advantages)
+                    advantages = (advantages - mean) / (deviation + 1e-8)
                 policy_loss = losses.clipped_surrogate(
                     log_ratio, advantages, clip_range
                 )
                 value_loss = losses.value_loss(
                     values, batch.returns, batch.values, clip_range_vf
                 )
-                entropy_loss = -distribution.entropy(params).mean()
+                with torch.set_grad_enabled(self.ent_coef != 0):
+                    entropy_loss = -distribution.entropy(params).mean()
                 loss = (
                     policy_loss
                     + self.ent_coef * entropy_loss
                     + self.vf_coef * value_loss
                 )
-                with torch.no_grad():
-                    kl = losses.approximate_kl(log_ratio)
-                    clipped = losses.clip_fraction(log_ratio, clip_range)
-                    stats.append(
-                        torch.stack(
-                            (loss, policy_loss, value_loss, entropy_loss, kl, clipped)
-                        )
-                    )
+                update.add(loss, policy_loss, value_loss, entropy_loss, log_ratio)
                 # a limit on the divergence has to look at it
-                if self.target_kl is not None and float(kl) > 1.5 * self.target_kl:
-                    go_on = False
-                    break
+                if self.target_kl is not None:
+                    kl = losses.approximate_kl(log_ratio.detach())
+                    if float(kl) > 1.5 * self.target_kl:
+                        go_on = False
+                        break
                 policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                grad_norms.append(
+                update.grad_norms.append(
                     nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)
                 )
                 policy.optimizer.step()
@@ -381,40 +376,24 @@ class RecurrentPPO(OnPolicyAlgorithm):
             if not go_on:
                 break
 
-        self._log_update(torch.stack(stats), grad_norms, epoch_begin)
+        self._log_update(update, clip_range)
         self.logger.record("train/clip_range", clip_range)
         if clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", clip_range_vf)
 
-    def _log_update(
-        self, stats: Tensor, grad_norms: list[Tensor], last_epoch: int
-    ) -> None:
-        """Names and averages as in Stable-Baselines3; one transfer from the device."""
+    def _log_update(self, update: "_Update", clip_range: float) -> None:
+        """Names as in Stable-Baselines3; one transfer from the device."""
         rollout, log_std = self.rollout_buffer, self.policy.log_std
-        once = [losses.explained_variance(rollout.values, rollout.returns)]
-        if log_std is not None:
-            once.append(log_std.detach().exp().mean())
-        norms = torch.stack(grad_norms) if grad_norms else stats.new_zeros(0)
-        numbers = torch.cat((torch.stack(once), norms, stats.flatten())).cpu().numpy()
-        once_, norms_, table = np.split(
-            numbers, [len(once), len(once) + len(grad_norms)]
+        numbers = update.means(clip_range)
+        numbers["train/explained_variance"] = losses.explained_variance(
+            rollout.values, rollout.returns
         )
-        loss, policy_loss, value_loss, entropy_loss, kl, clipped = table.reshape(
-            -1, 6
-        ).T.astype(float)
-        record = self.logger.record
-        record("train/entropy_loss", entropy_loss.mean())
-        record("train/policy_gradient_loss", policy_loss.mean())
-        record("train/value_loss", value_loss.mean())
-        record("train/approx_kl", kl[last_epoch:].mean())
-        record("train/clip_fraction", clipped.mean())
-        record("train/loss", loss[-1])
-        record("train/explained_variance", float(once_[0]))
-        if len(norms_):
-            record("train/grad_norm", float(norms_.mean()))
         if log_std is not None:
-            record("train/std", float(once_[1]))
-        record("train/n_updates", self._n_updates, exclude="tensorboard")
+            numbers["train/std"] = log_std.detach().exp().mean()
+        values = torch.stack(list(numbers.values())).cpu().numpy()
+        for name, value in zip(numbers, values, strict=True):
+            self.logger.record(name, float(value))
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def predict(
         self,
@@ -584,6 +563,50 @@ class RecurrentPPO(OnPolicyAlgorithm):
         agent._setup_model()
         agent.load_state_dict(tree["state"])
         return agent
+
+
+class _Update:
+    """What the minibatches of one update gave, as tensors on the device."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[Tensor, ...]] = []
+        self.log_ratios: list[Tensor] = []  # [n] each
+        self.grad_norms: list[Tensor] = []
+        self.epoch = 0  # the first minibatch of the last epoch
+
+    def begin_epoch(self) -> None:
+        self.epoch = len(self.losses)
+
+    def add(
+        self,
+        loss: Tensor,
+        policy_loss: Tensor,
+        value_loss: Tensor,
+        entropy_loss: Tensor,
+        log_ratio: Tensor,
+    ) -> None:
+        row = loss, policy_loss, value_loss, entropy_loss
+        self.losses.append(tuple(x.detach() for x in row))
+        self.log_ratios.append(log_ratio.detach().flatten())
+
+    def means(self, clip_range: float) -> dict[str, Tensor]:
+        """Over the minibatches; the divergence over the last epoch."""
+        loss, policy, value, entropy = map(torch.stack, zip(*self.losses, strict=True))
+        numbers = {
+            "train/entropy_loss": entropy.mean(),
+            "train/policy_gradient_loss": policy.mean(),
+            "train/value_loss": value.mean(),
+            "train/approx_kl": losses.approximate_kl(
+                torch.cat(self.log_ratios[self.epoch :])
+            ),
+            "train/clip_fraction": losses.clip_fraction(
+                torch.cat(self.log_ratios), clip_range
+            ),
+            "train/loss": loss[-1],
+        }
+        if self.grad_norms:
+            numbers["train/grad_norm"] = torch.stack(self.grad_norms).mean()
+        return numbers
 
 
 def _with_suffix(path: Any) -> Any:

@@ -220,14 +220,14 @@ class NumpySource:
         self.episodes: list[Episode] = []
         self.successes: list[Any] = []
         self.none = np.zeros(env.num_envs, bool)
+        self.space = env.action_space
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
-        space = self.env.action_space
         played = actions.cpu().numpy()
-        if isinstance(space, spaces.Box):
-            played = np.clip(played, space.low, space.high)
+        if isinstance(self.space, spaces.Box):
+            played = np.clip(played, self.space.low, self.space.high)
         obs, rewards, dones, infos = self.env.step(
-            played.astype(space.dtype, copy=False)
+            played.astype(self.space.dtype, copy=False)
         )
         assert isinstance(obs, np.ndarray)
         truncated, final_obs = self.none, None
@@ -237,14 +237,9 @@ class NumpySource:
         self.dones.append(dones.copy())
         self.truncated.append(truncated)
         # copies: a VecEnv may write into its arrays again
-        return Step(
-            torch.tensor(obs, device=self.device),
-            torch.tensor(dones, device=self.device),
-            final_obs,
-            rewards,
-            dones,
-            infos,
-        )
+        seen = torch.from_numpy(obs.copy()).to(self.device)
+        starts = torch.from_numpy(self.dones[-1]).to(self.device)
+        return Step(seen, starts, final_obs, rewards, dones, infos)
 
     def _ended(
         self, obs: NDArray[Any], dones: NDArray[Any], infos: list[dict[str, Any]]
