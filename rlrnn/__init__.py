@@ -65,6 +65,30 @@ def _register() -> None:
 
     tensor("CartPoleHiddenVelocity", "cartpole:cartpole", "cartpole:CartPole")
 
+    def levels(task: str, single: str, *kwargs: dict[str, Any]) -> None:
+        """POPGym's easy, medium and hard; `single` is module and function."""
+        for level, chosen in zip(("Easy", "Medium", "Hard"), kwargs, strict=True):
+            vector = f"{single.split(':')[0]}:{task}"
+            tensor(f"{task}{level}", single, vector, **chosen)
+
+    fleets = {"size": 8}, {"size": 10}, {"size": 12}
+    levels("Battleship", "grids:battleship", *fleets)
+    fields = {"size": 4, "mines": 2}, {"size": 6, "mines": 6}, {"size": 8, "mines": 10}
+    levels("Minesweeper", "grids:minesweeper", *fields)
+    mazes = {"size": 10}, {"size": 14}, {"size": 18}
+    levels("LabyrinthEscape", "labyrinth:labyrinth_escape", *mazes)
+    levels("LabyrinthExplore", "labyrinth:labyrinth_explore", *mazes)
+    lengths = tuple({"max_episode_steps": steps} for steps in (200, 400, 600))
+    levels("PositionOnlyCartPole", "cartpole:position_only_cartpole", *lengths)
+    levels("VelocityOnlyCartPole", "cartpole:velocity_only_cartpole", *lengths)
+    noise = {"sigma": 0.1}, {"sigma": 0.2}, {"sigma": 0.3}
+    noisy = "cartpole:noisy_position_only_cartpole"
+    levels("NoisyPositionOnlyCartPole", noisy, *noise)
+    lengths = tuple({"max_episode_steps": steps} for steps in (200, 150, 100))
+    levels("PositionOnlyPendulum", "pendulum:position_only_pendulum", *lengths)
+    noisy = "pendulum:noisy_position_only_pendulum"
+    levels("NoisyPositionOnlyPendulum", noisy, *noise)
+
     classic = "gymnasium.envs.classic_control"  # hidden: the velocities
     hidden("PendulumHiddenVelocity", f"{classic}:PendulumEnv", [2], 200)
     hidden(
