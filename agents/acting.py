@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rlrnn import kernels
+from rlrnn import compiled, kernels
 from rlrnn.recurrent import Recurrent, compiles
 
 # features [B, F], state [S, B, H], starts [B] -> outputs, latent [B, H], state
@@ -24,7 +24,7 @@ Step = Callable[
 
 def stepper(core: Recurrent, head: nn.Sequential) -> Step:
     """`core`, then `head`, without gradients, for as long as neither changes."""
-    if compiles(core.weights(0)[0]) and (layers := _dense(head)) is not None:
+    if compiles(core.weights(0)[0]) and (layers := compiled.dense(head)) is not None:
         return _Compiled(core, layers)
 
     @torch.no_grad()
@@ -37,37 +37,24 @@ def stepper(core: Recurrent, head: nn.Sequential) -> Step:
     return step
 
 
-def _dense(head: nn.Sequential) -> list[tuple[nn.Linear, str]] | None:
-    """Linear layers, each with what follows it; None if there is anything else."""
-    layers: list[tuple[nn.Linear, str]] = []
-    for module in head:
-        if isinstance(module, nn.Linear):
-            layers.append((module, ""))
-        elif isinstance(module, (nn.Tanh, nn.ReLU)) and layers and not layers[-1][1]:
-            layers[-1] = layers[-1][0], type(module).__name__.lower()
-        else:
-            return None
-    return layers
-
-
 class _Compiled:
     def __init__(self, core: Recurrent, layers: list[tuple[nn.Linear, str]]) -> None:
         self.core = core
         self.cells = [self._pack_cell(core, i) for i in range(core.layers)]
         self.layers = [
-            (_pack(layer.weight), layer.bias.detach().numpy(), squash)
+            (
+                compiled.pack(layer.weight.detach().numpy()),
+                layer.bias.detach().numpy().copy(),
+                squash,
+            )
             for layer, squash in layers
         ]
 
     @staticmethod
     def _pack_cell(core: Recurrent, layer: int) -> tuple[kernels.Array, ...]:
-        w_x, w_h, b_x, b_h = (w.detach() for w in core.weights(layer))
-        size = core.hidden_size
-        bias, b_n = b_x + b_h, b_x[None, :0]
-        if core.cell == "gru":  # the candidate's own bias is behind the reset gate
-            bias[2 * size :] = b_x[2 * size :]
-            b_n = b_h[None, 2 * size :].clone()
-        return _pack(w_x), bias.numpy(), _pack(w_h), b_n.contiguous().numpy()
+        w_x, w_h, b_x, b_h = (w.detach().numpy() for w in core.weights(layer))
+        bias, b_n = compiled.biases(core.cell, b_x, b_h)
+        return compiled.pack(w_x), bias, compiled.pack(w_h), b_n.copy()
 
     def __call__(
         self, features: Tensor, state: Tensor, starts: Tensor
@@ -99,7 +86,3 @@ class _Compiled:
         # from [L, R, B, H] to the rows of a state: all h, then all c
         rows = after[0] if depth == 1 else after.swapaxes(0, 1).reshape(before.shape)
         return torch.from_numpy(x), latent, torch.from_numpy(rows)
-
-
-def _pack(weight: Tensor) -> kernels.Array:
-    return kernels.pack(weight.detach()[None].contiguous().numpy(), transposed=True)

@@ -6,6 +6,7 @@ first; this file alone splits it.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Never
 
 import numpy as np
@@ -23,7 +24,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
-from rlrnn import seeding
+from rlrnn import compiled, seeding
 from rlrnn.agents.acting import Step, stepper
 from rlrnn.agents.distributions import Gaussian, distribution_for
 from rlrnn.recurrent import Cell, Recurrent, together
@@ -111,6 +112,11 @@ class RecurrentPolicy(BasePolicy):
             self.critic_mlp = nn.Sequential(*create_mlp(hidden, 0, vf, activation_fn))
             self.action_net = nn.Linear(pi[-1] if pi else hidden, outputs)
             self.value_net = nn.Linear(vf[-1] if vf else hidden, 1)
+            # all that is behind the recurrent networks; a tuple, so not a module again
+            self._heads = (
+                nn.Sequential(*self.actor_mlp, self.action_net),
+                nn.Sequential(*self.critic_mlp, self.value_net),
+            )
             if ortho_init:  # gains as in Stable-Baselines3
                 for module, gain in (
                     (self.features_extractor, math.sqrt(2)),
@@ -163,31 +169,38 @@ class RecurrentPolicy(BasePolicy):
         """
         features = self.features(obs)
         mine, its = self.split(state)
+        actor_head, critic_head = self._heads
+        cores, heads, states = [self.actor], [actor_head], [mine]
         if isinstance(self.critic, Recurrent):
-            (latent, mine), (critic_latent, its) = together(
-                [self.actor, self.critic], [features] * 2, [mine, its], starts
-            )
+            cores, heads = [*cores, self.critic], [*heads, critic_head]
+            states.append(its)
+        results = together(cores, heads, [features] * len(cores), states, starts)
+        means, mine, latent = results[0]
+        if isinstance(self.critic, Recurrent):
+            values, its, _ = results[1]
         else:
-            latent, mine = self.actor(features, mine, starts)
-            critic_latent = self._memoryless(features, latent)
-        values = self.value_net(self.critic_mlp(critic_latent)).squeeze(-1)
-        return self.params(latent), values, torch.cat((mine, its))
+            values = critic_head(self._memoryless(features, latent))
+        return self._params(means), values.squeeze(-1), torch.cat((mine, its))
+
+    def threads(self) -> AbstractContextManager[None]:
+        """Around an update: who has the threads of a CPU."""
+        small = not list(self.features_extractor.parameters())
+        return compiled.undisturbed() if small else nullcontext()
 
     def stepper(self) -> Step:
         """The actor alone, a step at a time: features, its state [_, B, H] and starts
         to parameters, latents and state. For as long as the weights stay as they are.
         """
-        step = stepper(self.actor, nn.Sequential(*self.actor_mlp, self.action_net))
+        step = stepper(self.actor, self._heads[0])
         if self.log_std is None:
             return step
-        log_std = self.log_std.detach()
 
+        @torch.no_grad()
         def gaussian(
             features: Tensor, state: Tensor, starts: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
             means, latent, state = step(features, state, starts)
-            params = torch.cat((means, log_std.expand_as(means)), -1)
-            return params, latent, state
+            return self._params(means), latent, state
 
         return gaussian
 
@@ -209,7 +222,7 @@ class RecurrentPolicy(BasePolicy):
             else:
                 states = state.expand(len(features), *state.shape)
                 latents = self._memoryless(features, latents)
-            return self.value_net(self.critic_mlp(latents)).squeeze(-1), states
+            return self._heads[1](latents).squeeze(-1), states
 
     def value(
         self,
@@ -298,10 +311,13 @@ class RecurrentPolicy(BasePolicy):
 
     def params(self, latent: Float[Tensor, "*T B H"]) -> Float[Tensor, "*T B P"]:
         """Parameters of the action distribution."""
-        params: Tensor = self.action_net(self.actor_mlp(latent))
-        if self.log_std is not None:
-            params = torch.cat((params, self.log_std.expand_as(params)), -1)
-        return params
+        return self._params(self._heads[0](latent))
+
+    def _params(self, means: Tensor) -> Tensor:
+        """What the action head says, with the deviations if there are any."""
+        if self.log_std is None:
+            return means
+        return torch.cat((means, self.log_std.expand_as(means)), -1)
 
     def _memoryless(self, features: Tensor, latents: Tensor) -> Tensor:
         """What a critic without recurrence of its own looks at."""

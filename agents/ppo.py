@@ -321,6 +321,10 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """Some epochs of clipped policy gradient over what was played last."""
+        with self.policy.threads():
+            self._train()
+
+    def _train(self) -> None:
         policy, distribution = self.policy, self.policy.distribution
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
@@ -331,6 +335,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 self._current_progress_remaining
             )
         segments = self.rollout_buffer.segments()
+        parameters = list(policy.parameters())
         update = _Update()
         go_on = True
 
@@ -369,7 +374,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 update.grad_norms.append(
-                    nn.utils.clip_grad_norm_(policy.parameters(), self.max_grad_norm)
+                    nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
                 )
                 policy.optimizer.step()
             self._n_updates += 1

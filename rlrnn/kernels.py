@@ -566,30 +566,66 @@ def outer(a: Array, b: Array, out: Array, threads: int) -> None:
 @_jit
 @no_type_check
 def _linear(x, packed, bias, y, squash):
-    columns, outputs = y.shape
-    a = np.empty((columns, packed.shape[1] * packed.shape[3]), y.dtype)
-    _product(a, x, 0, columns, x.shape[1], packed, 0)
-    for b in range(columns):
-        out, s = y[b], a[b]
-        if squash == 1:
-            for j in range(outputs):
-                out[j] = _tanh(s[j] + bias[j])
-        elif squash == 2:
-            for j in range(outputs):
-                out[j] = max(s[j] + bias[j], _ZERO)
-        else:
-            for j in range(outputs):
-                out[j] = s[j] + bias[j]
+    rows, outputs = y.shape
+    size, some = x.shape[1], min(rows, 64)  # a few rows at a time stay in the cache
+    a = np.empty((some, packed.shape[1] * packed.shape[3]), y.dtype)
+    for begin in range(0, rows, some):
+        count = min(some, rows - begin)
+        _product(a, x, begin * size, count, size, packed, 0)
+        for b in range(count):
+            out, s = y[begin + b], a[b]
+            if squash == 1:
+                for j in range(outputs):
+                    out[j] = _tanh(s[j] + bias[j])
+            elif squash == 2:
+                for j in range(outputs):
+                    value = s[j] + bias[j]
+                    out[j] = _ZERO if value < _ZERO else value
+            elif squash == 0:
+                for j in range(outputs):
+                    out[j] = s[j] + bias[j]
+            else:
+                for j in range(outputs):
+                    out[j] = s[j]
 
 
 SQUASH = {"": 0, "tanh": 1, "relu": 2}
 
 
 def linear(x: Array, packed: Array, bias: Array, squash: str = "") -> Array:
-    """A dense layer on [B, K]: for a few columns and one step, faster than BLAS."""
+    """squash(x @ w + bias) for x [M, K] and w packed."""
     y = np.empty((len(x), len(bias)), x.dtype)
     _linear(x, packed, bias, y, SQUASH[squash])
     return y
+
+
+def product(x: Array, packed: Array, outputs: int) -> Array:
+    """x @ w for x [M, K] and w [K, outputs] packed."""
+    y = np.empty((len(x), outputs), x.dtype)
+    _linear(x, packed, y[0], y, -1)
+    return y
+
+
+@_jit
+@no_type_check
+def _unsquash(d_y, y, d_z, squash):
+    for i in range(len(y)):
+        d, out, z = d_y[i], y[i], d_z[i]
+        if squash == 1:
+            for j in range(len(out)):
+                z[j] = d[j] * (_ONE - out[j] * out[j])
+        else:
+            for j in range(len(out)):
+                z[j] = d[j] if out[j] > _ZERO else _ZERO
+
+
+def unsquash(d_y: Array, y: Array, squash: str) -> Array:
+    """The gradient before the squashing, from that of its result `y` [M, O]."""
+    if not squash:
+        return d_y
+    d_z = np.empty_like(y)
+    _unsquash(d_y, y, d_z, SQUASH[squash])
+    return d_z
 
 
 def _share(
@@ -604,7 +640,8 @@ def _share(
         for n in range(count):
             function(n, 0, size, *arrays)
         return
-    parts = min(-(-threads // count), size)
+    # a part of fewer than eight would read the weights for too little
+    parts = max(min(-(-threads // count), size // 8), 1)
     jobs = [
         (n, size * i // parts, size * (i + 1) // parts)
         for n in range(count)
@@ -616,12 +653,13 @@ def _share(
             function(*job, *arrays)
 
     shares = [jobs[i::threads] for i in range(min(threads, len(jobs)))]
-    futures = [_pool(threads - 1).submit(work, share) for share in shares[1:]]
+    futures = [pool(threads).submit(work, share) for share in shares[1:]]
     work(shares[0])
     for future in futures:
         future.result()
 
 
 @cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, "recurrent")
+def pool(threads: int) -> ThreadPoolExecutor:
+    """The threads beside the calling one."""
+    return ThreadPoolExecutor(threads - 1, "recurrent")

@@ -6,18 +6,18 @@ states. This file alone knows that layout; others keep it, index its columns, an
 it back.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from rlrnn import kernels
+from rlrnn import compiled
 
 Cell = Literal["lstm", "gru", "rnn"]
+_NO_HEAD = nn.Sequential()
 _STACKS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 
 
@@ -66,7 +66,7 @@ class Recurrent(nn.Module):
         that no sequence begins.
         """
         if compiles(x):
-            ((y, after),) = together([self], [x], [state], starts)
+            ((y, after, _),) = together([self], [_NO_HEAD], [x], [state], starts)
             return y, after
         if starts is None and x.shape[0] > 1:
             return self._unbroken(x, state)
@@ -82,14 +82,17 @@ class Recurrent(nn.Module):
     ) -> Float[Tensor, "T S B H"]:
         """The state after each step, without gradients."""
         if compiles(x):
-            hidden, memory = [], []
-            for layer in range(self.layers):
-                y, kept, _ = _compiled_layer([self], [x], [state], starts, layer)
-                x = y[0]
-                hidden.append(x)
-                if self.cell == "lstm":
-                    memory.append(kept[0])
-            return torch.stack(hidden + memory, 1)
+            weights = [w.numpy() for i in range(self.layers) for w in self.weights(i)]
+            _, _, tape = compiled.forward(
+                compiled.Shape(self.cell, self.layers, ()),
+                weights,
+                x.contiguous().numpy(),
+                state.contiguous().numpy(),
+                _no_starts(x, starts).numpy(),
+                torch.get_num_threads(),
+            )
+            arrays = tape.outputs + (tape.kept if self.cell == "lstm" else [])
+            return torch.stack([torch.from_numpy(a[0]) for a in arrays], 1)
         states = []
         for t in range(x.shape[0]):
             now = None if starts is None else starts[t : t + 1]
@@ -150,146 +153,44 @@ def compiles(x: Tensor) -> bool:
 
 def together(
     cores: Sequence[Recurrent],
+    heads: Sequence[nn.Sequential],
     xs: Sequence[Float[Tensor, "T B _"]],
     states: Sequence[Float[Tensor, "_ B _"]],
     starts: Bool[Tensor, "T B"] | None = None,
-) -> list[tuple[Float[Tensor, "T B _"], Float[Tensor, "_ B _"]]]:
-    """`core(x, state, starts)` for each core; on a CPU they share its threads."""
-    first = cores[0]
-    form = first.cell, first.layers, first.input_size, first.hidden_size
-    alike = all((c.cell, c.layers, c.input_size, c.hidden_size) == form for c in cores)
-    if not (alike and compiles(xs[0])):
-        return [c(x, s, starts) for c, x, s in zip(cores, xs, states, strict=True)]
-    hidden: list[Tensor] = []
-    memory: list[Tensor] = []
-    for layer in range(first.layers):
-        y, _, last = _compiled_layer(cores, xs, states, starts, layer)
-        xs = y.unbind()
-        hidden.append(last[:, 0])
-        memory.extend(last[:, 1:].unbind(1))
-    ends = torch.stack(hidden + memory, 1)
-    return list(zip(xs, ends, strict=True))
+) -> list[
+    tuple[Float[Tensor, "T B _"], Float[Tensor, "_ B _"], Float[Tensor, "T B _"]]
+]:
+    """Each core with dense layers behind it: `head(y)`, the state after, and `y`.
 
-
-def _compiled_layer(
-    cores: Sequence[Recurrent],
-    xs: Sequence[Tensor],
-    states: Sequence[Tensor],
-    starts: Tensor | None,
-    layer: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer of N alike cores: y and memory [N, T, B, H], last [N, R, B, H]."""
-    rows = slice(layer, None, cores[0].layers)  # h, and c if there is one
-    weights = [core.weights(layer) for core in cores]
-    outputs: tuple[Tensor, Tensor, Tensor] = _Compiled.apply(  # type: ignore[no-untyped-call]
-        cores[0].cell,
-        starts,
-        *xs,
-        *(state[rows] for state in states),
-        *(w for kind in zip(*weights, strict=True) for w in kind),
-    )
-    return outputs
-
-
-class _Compiled(torch.autograd.Function):
-    """One layer of N networks, its recurrence in `rlrnn.kernels`.
-
-    Tensors come as N times x, N times state, and so on for w_x, w_h, b_x and b_h.
+    On a CPU they share its threads, and `y` comes without gradient.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, cell: Cell, starts: Tensor | None, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        xs, states, w_xs, w_hs, b_xs, b_hs = _by_kind(tensors)
-        steps, columns, _ = xs[0].shape
-        outputs, size = w_hs[0].shape
-        count = len(xs)
-        gates = w_hs[0].new_empty(count, steps, columns, outputs)
-        for n in range(count):
-            bias = b_xs[n] + b_hs[n]
-            if cell == "gru":  # the candidate's own bias is behind the reset gate
-                bias[2 * size :] = b_xs[n][2 * size :]
-            torch.addmm(
-                bias, xs[n].flatten(0, 1), w_xs[n].T, out=gates[n].flatten(0, 1)
-            )
-        state = torch.stack(states)
-        w_h = torch.stack(w_hs)
-        b_n = torch.stack(b_hs)[:, 2 * size :] if cell == "gru" else w_h[:, 0, :0]
-        b_n = b_n.contiguous()
-        if starts is None:
-            starts = torch.zeros(steps, columns, dtype=torch.bool)
-        starts = starts[None].contiguous()
-        y = gates.new_empty(count, steps, columns, size)
-        kept = y.new_empty(0, 0, 0, 0) if cell == "rnn" else torch.empty_like(y)
-        last = torch.empty_like(state)
-        kernels.forward(
-            cell,
-            gates.numpy(),
-            kernels.pack(w_h.numpy(), transposed=True),
-            b_n.numpy(),
-            state.numpy(),
-            starts.numpy(),
-            y.numpy(),
-            kept.numpy(),
-            last.numpy(),
-            torch.get_num_threads(),
-        )
-        ctx.cell = cell
-        ctx.save_for_backward(gates, w_h, b_n, state, starts, y, kept, *xs, *w_xs)
-        ctx.mark_non_differentiable(kept)
-        return y, kept, last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor, _: Tensor, d_last: Tensor) -> Any:
-        gates, w_h, b_n, state, starts, y, kept, *rest = ctx.saved_tensors
-        cell, count = ctx.cell, len(y)
-        xs, w_xs = rest[:count], rest[count:]
-        d_gates = torch.empty_like(gates)
-        d_h = torch.empty_like(gates) if cell == "gru" else d_gates
-        d_state = d_last.clone(memory_format=torch.contiguous_format)
-        kernels.backward(
-            cell,
-            gates.numpy(),
-            kernels.pack(w_h.numpy(), transposed=False),
-            b_n.numpy(),
-            state.numpy(),
-            starts.numpy(),
-            y.numpy(),
-            kept.numpy(),
-            d_y.contiguous().numpy(),
-            d_state.numpy(),
-            d_gates.numpy(),
-            d_h.numpy(),
-            torch.get_num_threads(),
-        )
-        before = torch.cat((state[:, None, 0], y[:, :-1]), 1)  # h before each step
-        before.masked_fill_(starts[..., None], 0.0)
-        d_gates, d_h, before = (x.flatten(1, 2) for x in (d_gates, d_h, before))
-        d_xs: list[Tensor | None] = [None] * count
-        for n in range(count):
-            if ctx.needs_input_grad[2 + n]:
-                d_xs[n] = (d_gates[n] @ w_xs[n]).view_as(xs[n])
-        # x.T @ g rather than g.T @ x, which takes ten times as long for a narrow x
-        d_w_xs = [
-            (x.flatten(0, 1).T @ g).T.contiguous()
-            for g, x in zip(d_gates, xs, strict=True)
-        ]
-        d_w_h = torch.empty_like(w_h)
-        kernels.outer(
-            d_h.numpy(), before.numpy(), d_w_h.numpy(), torch.get_num_threads()
-        )
-        d_b_xs = d_gates.sum(1)
-        # not the same memory, in which clipping would scale it twice
-        d_b_hs = d_h.sum(1) if cell == "gru" else d_b_xs.clone()
-        return None, None, *d_xs, *d_state, *d_w_xs, *d_w_h, *d_b_xs, *d_b_hs
+    dense = [compiled.dense(head) for head in heads]
+    if not compiles(xs[0]) or any(layers is None for layers in dense):
+        results = []
+        for core, head, x, state in zip(cores, heads, xs, states, strict=True):
+            y, after = core(x, state, starts)
+            results.append((head(y), after, y))
+        return results
+    shapes, weights = [], []
+    for core, layers in zip(cores, dense, strict=True):
+        assert layers is not None
+        squashes = tuple(squash for _, squash in layers)
+        shapes.append(compiled.Shape(core.cell, core.layers, squashes))
+        for layer in range(core.layers):
+            weights += core.weights(layer)
+        for linear, _ in layers:
+            weights += [linear.weight, linear.bias]
+    outputs: tuple[Tensor, ...] = compiled.Networks.apply(  # type: ignore[no-untyped-call]
+        tuple(shapes), _no_starts(xs[0], starts), *xs, *states, *weights
+    )
+    count = len(cores)
+    return [outputs[n::count] for n in range(count)]  # type: ignore[misc]
 
 
-def _by_kind(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Six kinds of them, each as many times as there are networks."""
-    count = len(tensors) // 6
-    return (tensors[count * i : count * (i + 1)] for i in range(6))
+def _no_starts(x: Tensor, starts: Tensor | None) -> Tensor:
+    if starts is None:
+        return torch.zeros(x.shape[:2], dtype=torch.bool)
+    return starts.contiguous()
 
 
 def _lstm_step(
