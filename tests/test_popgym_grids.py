@@ -224,12 +224,13 @@ def test_popgym_says_the_same(task: str, level: str, popgyms_maze: None) -> None
     for _ in range(steps):
         actions = policy(obs)
         obs, rewards, terminated, truncated, infos = env.step(actions)
-        for i in range(copies):
-            seen, reward, over, late, _ = theirs[i].step(actions[i].numpy()[()])
-            assert np.array_equal(seen, infos["final_obs"][i].numpy())
-            assert float(rewards[i]) == pytest.approx(reward, abs=1e-7)
-            assert bool(terminated[i]) == over
-            assert bool(truncated[i]) == (late and not over)
+        final_obs, ours = infos["final_obs"].numpy(), rewards.tolist()
+        ended = torch.stack([terminated, truncated], 1).tolist()
+        for i, action in enumerate(actions.numpy()):
+            seen, reward, over, late, _ = theirs[i].step(action)
+            assert np.array_equal(seen, final_obs[i])
+            assert abs(ours[i] - reward) < 1e-7
+            assert ended[i] == [over, late and not over]
             if over or late:
                 ends["terminated"] += over
                 ends["truncated"] += late
