@@ -7,7 +7,8 @@ it back.
 """
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from rlrnn import compiled
 Cell = Literal["lstm", "gru", "rnn"]
 _NO_HEAD = nn.Sequential()
 _STACKS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+_HAS_TRITON = find_spec("triton") is not None
 
 
 class Recurrent(nn.Module):
@@ -70,6 +72,9 @@ class Recurrent(nn.Module):
             return y, after
         if starts is None and x.shape[0] > 1:
             return self._unbroken(x, state)
+        if fuses(x):
+            layers = _fused([self], [x], [state], starts)
+            return layers[-1].y[0], _after(layers)[0]
         # Finding the restarts would synchronise.
         return self.reference(x, state, starts)
 
@@ -93,6 +98,10 @@ class Recurrent(nn.Module):
             )
             arrays = tape.outputs + (tape.kept if self.cell == "lstm" else [])
             return torch.stack([torch.from_numpy(a[0]) for a in arrays], 1)
+        if fuses(x):
+            layers = _fused([self], [x], [state], starts)
+            memory = [layer.kept for layer in layers if self.cell == "lstm"]
+            return torch.cat([layer.y for layer in layers] + memory).transpose(0, 1)
         states = []
         for t in range(x.shape[0]):
             now = None if starts is None else starts[t : t + 1]
@@ -151,6 +160,11 @@ def compiles(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether `rlrnn.kernels_cuda` work on this tensor."""
+    return x.device.type == "cuda" and x.dtype == torch.float32 and _HAS_TRITON
+
+
 def together(
     cores: Sequence[Recurrent],
     heads: Sequence[nn.Sequential],
@@ -162,8 +176,14 @@ def together(
 ]:
     """Each core with dense layers behind it: `head(y)`, the state after, and `y`.
 
-    On a CPU they share its threads, and `y` comes without gradient.
+    On a CPU they share its threads, and `y` comes without gradient. On CUDA cores of
+    one form share the launches.
     """
+    forms = {(c.cell, c.layers, c.input_size, c.hidden_size) for c in cores}
+    if fuses(xs[0]) and starts is not None and len(forms) == 1:
+        fused = _fused(cores, xs, states, starts)
+        parts = zip(heads, fused[-1].y, _after(fused), strict=True)
+        return [(head(y), after, y) for head, y, after in parts]
     dense = [compiled.dense(head) for head in heads]
     if not compiles(xs[0]) or any(layers is None for layers in dense):
         results = []
@@ -185,6 +205,41 @@ def together(
     )
     count = len(cores)
     return [outputs[n::count] for n in range(count)]  # type: ignore[misc]
+
+
+class _Fused(NamedTuple):
+    """A layer of N cores: see `rlrnn.kernels_cuda.Layer`."""
+
+    y: Tensor
+    kept: Tensor
+    last: Tensor
+
+
+def _fused(
+    cores: Sequence[Recurrent],
+    xs: Sequence[Tensor],
+    states: Sequence[Tensor],
+    starts: Tensor | None,
+) -> list[_Fused]:
+    """The layers of cores of one form."""
+    from rlrnn import kernels_cuda
+
+    layers: list[_Fused] = []
+    for i in range(cores[0].layers):
+        before = [state[i :: cores[0].layers] for state in states]
+        kinds = zip(*(core.weights(i) for core in cores), strict=True)
+        weights = [w for kind in kinds for w in kind]
+        outputs = kernels_cuda.Layer.apply(  # type: ignore[no-untyped-call]
+            cores[0].cell, starts, *xs, *before, *weights
+        )
+        layers.append(_Fused(*outputs))
+        xs = layers[-1].y.unbind()
+    return layers
+
+
+def _after(layers: list[_Fused]) -> Float[Tensor, "N S B H"]:
+    """The hidden states of all layers, then the cell states."""
+    return torch.stack([layer.last for layer in layers], 2).flatten(1, 2)
 
 
 def _no_starts(x: Tensor, starts: Tensor | None) -> Tensor:
