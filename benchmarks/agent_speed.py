@@ -1,16 +1,29 @@
 """Environment steps per second of the full loop, beside sb3-contrib's RecurrentPPO.
 
-    python benchmarks/agent_speed.py --rounds 5
+    python benchmarks/agent_speed.py                     # the small setting
+    python benchmarks/agent_speed.py --setting large --shared
+    python benchmarks/agent_speed.py --memory            # peak memory, a process each
+    python benchmarks/agent_speed.py --scaling           # cost per step, T and envs
 
 The same recipe for both: network, environments (SB3's DummyVecEnv over the same
-gymnasium environments), rollout, epochs, minibatch, one thread. Rounds alternate; the
-ratio is taken in each round. `tensor` is ours on our tensor-native environment, apart.
+gymnasium environments), rollout, epochs, minibatch; with 1 and with 2 threads each, and
+the best of the peer's is what ours are compared with. Rounds alternate; the ratio is
+taken in each round. `tensor` is ours on our tensor-native environment, apart.
+
+| setting | envs × steps | units | epochs | minibatch |
+|---|---|---|---|---|
+| small | 8 × 128 | 128 | 4 | 256 |
+| large | 64 × 128 | 256 | 4 | 2048 |
+| default | 1 × 128 | 256 | 10 | 128 |
 """
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -20,7 +33,15 @@ from stable_baselines3.common.env_util import make_vec_env
 import rlrnn  # noqa: F401  registers the ids
 from rlrnn.agents import RecurrentPPO
 
-ENV = "rlrnn/CartPoleHiddenVelocity-v0"
+SETTINGS = {  # envs, steps, units, epochs, minibatch
+    "small": (8, 128, 128, 4, 256),
+    "large": (64, 128, 256, 4, 2048),
+    "default": (1, 128, 256, 10, 128),
+}
+TENSOR = {
+    "cartpole": "rlrnn/CartPoleHiddenVelocity-v0",
+    "repeat": "rlrnn/RepeatPreviousEasy-v0",
+}
 
 
 def hidden_cartpole() -> gymnasium.Env[Any, Any]:
@@ -30,60 +51,162 @@ def hidden_cartpole() -> gymnasium.Env[Any, Any]:
     return HideCoordinates(gymnasium.make("CartPole-v1"), hide=[1, 3])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=128, help="of a rollout")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--updates", type=int, default=8)
-    parser.add_argument("--shared", action="store_true", help="one LSTM for both")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    from sb3_contrib import RecurrentPPO as Peer
+def repeat_previous() -> gymnasium.Env[Any, Any]:
+    """POPGym's own."""
+    return gymnasium.make("popgym:popgym-RepeatPreviousEasy-v0")
 
+
+NUMPY = {"cartpole": hidden_cartpole, "repeat": repeat_previous}
+
+
+def make(
+    agent: str, task: str, setting: tuple[int, int, int, int, int], shared: bool
+) -> Any:
+    envs, steps, units, epochs, batch = setting
     recipe: dict[str, Any] = {
-        "n_steps": options.steps,
-        "batch_size": options.batch,
-        "n_epochs": 4,
+        "n_steps": steps,
+        "batch_size": batch,
+        "n_epochs": epochs,
         "seed": 0,
         "device": "cpu",
         "policy_kwargs": {
-            "lstm_hidden_size": options.hidden,
-            "shared_lstm": options.shared,
-            "enable_critic_lstm": not options.shared,
+            "lstm_hidden_size": units,
+            "shared_lstm": shared,
+            "enable_critic_lstm": not shared,
         },
     }
-    numpy_envs: Callable[[], Any] = lambda: make_vec_env(hidden_cartpole, options.envs)  # noqa: E731
-    tensor_envs: Callable[[], Any] = lambda: gymnasium.make_vec(  # noqa: E731
-        ENV, num_envs=options.envs
-    )
+    if agent == "sb3-contrib":
+        from sb3_contrib import RecurrentPPO as Peer
+
+        return Peer("MlpLstmPolicy", make_vec_env(NUMPY[task], envs), **recipe)
+    if agent == "tensor":
+        env = gymnasium.make_vec(TENSOR[task], num_envs=envs)
+    else:
+        env = make_vec_env(NUMPY[task], envs)  # type: ignore[assignment]
+    return RecurrentPPO("MlpLstmPolicy", env, **recipe)
+
+
+def compare(options: argparse.Namespace) -> None:
+    setting = SETTINGS[options.setting]
+    one = setting[0] * setting[1]
+    updates = max(1, options.steps // one)
+    runs = [
+        (agent, threads)
+        for agent in ("sb3-contrib", "rlrnn", "tensor")
+        for threads in options.threads
+    ]
     agents = {
-        "sb3-contrib": Peer("MlpLstmPolicy", numpy_envs(), **recipe),
-        "rlrnn": RecurrentPPO("MlpLstmPolicy", numpy_envs(), **recipe),
-        "rlrnn, tensor": RecurrentPPO("MlpLstmPolicy", tensor_envs(), **recipe),
+        agent: make(agent, options.task, setting, options.shared)
+        for agent in dict(runs)
     }
-    one = options.envs * options.steps
     for agent in agents.values():
-        agent.learn(one)  # warm-up
-    speeds: dict[str, list[float]] = {name: [] for name in agents}
+        agent.learn(2 * one)  # warm-up
+    speeds: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
     for _ in range(options.rounds):
-        for name, agent in agents.items():
+        for name, threads in runs:
+            torch.set_num_threads(threads)
             begin = time.perf_counter()
-            agent.learn(options.updates * one, reset_num_timesteps=False)
+            agents[name].learn(updates * one, reset_num_timesteps=False)
             took = time.perf_counter() - begin
-            speeds[name].append(options.updates * one / took)
-    print("| agent | steps/s, median (min to max) | of sb3-contrib |\n|---|---|---|")
-    for name, values in speeds.items():
+            speeds[name, threads].append(updates * one / took)
+    peer = max(
+        (r for r in runs if r[0] == "sb3-contrib"),
+        key=lambda r: statistics.median(speeds[r]),
+    )
+    print(f"{options.setting}, {options.task}{', shared' if options.shared else ''}:")
+    print("| agent | threads | steps/s, median (min to max) | of sb3-contrib's best |")
+    print("|---|---|---|---|")
+    for run, values in speeds.items():
         ratio = statistics.median(
-            a / b for a, b in zip(values, speeds["sb3-contrib"], strict=True)
+            a / b for a, b in zip(values, speeds[peer], strict=True)
         )
         print(
-            f"| {name} | {statistics.median(values):,.0f} ({min(values):,.0f} to "
-            f"{max(values):,.0f}) | {ratio:.2f} |"
+            f"| {run[0]} | {run[1]} | {statistics.median(values):,.0f} "
+            f"({min(values):,.0f} to {max(values):,.0f}) | {ratio:.2f} |"
         )
+
+
+def memory(options: argparse.Namespace) -> None:
+    """Peak resident memory of a process with one agent, after three updates."""
+    print("| agent | peak, MiB |\n|---|---|")
+    for agent in ("sb3-contrib", "rlrnn", "tensor"):
+        command = [sys.executable, __file__, "--alone", agent, "--task", options.task]
+        command += ["--setting", options.setting]
+        command += ["--shared"] if options.shared else []
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        print(f"| {agent} | {done.stdout.split()[-1]} |", flush=True)
+
+
+def alone(options: argparse.Namespace) -> None:
+    setting = SETTINGS[options.setting]
+    torch.set_num_threads(1)
+    agent = make(options.alone, options.task, setting, options.shared)
+    agent.learn(3 * setting[0] * setting[1])
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """Microseconds per environment step as T and the number of environments grow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    torch.set_num_threads(1)
+    lengths = (32, 64, 128, 256, 512, 1024)
+    counts = (8, 16, 32, 64, 128, 256, 512)
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2))
+    for axis, values, label in (
+        (axes[0], lengths, "steps of a rollout, 8 environments"),
+        (axes[1], counts, "environments, 128 steps"),
+    ):
+        costs = []
+        for value in values:
+            envs, steps = (8, value) if values is lengths else (value, 128)
+            # two columns of the rollout in a minibatch, eight from 32 columns on
+            columns = max(2, envs // 4)
+            setting = (envs, steps, 128, 4, columns * steps)
+            agent = make("tensor", options.task, setting, options.shared)
+            agent.learn(envs * steps)
+            updates = max(1, 16_384 // (envs * steps))
+            times = []
+            for _ in range(options.rounds):
+                begin = time.perf_counter()
+                agent.learn(updates * envs * steps, reset_num_timesteps=False)
+                times.append((time.perf_counter() - begin) / (updates * envs * steps))
+            costs.append(1e6 * statistics.median(times))
+            print(f"{envs} environments x {steps}: {costs[-1]:.1f} µs", flush=True)
+        axis.plot(values, costs, marker="o")
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(label)
+        axis.set_ylabel("µs per environment step")
+        axis.set_ylim(0)
+    figure.tight_layout()
+    figure.savefig(options.plot, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--setting", choices=SETTINGS, default="small")
+    parser.add_argument("--task", choices=TENSOR, default="cartpole")
+    parser.add_argument("--shared", action="store_true", help="one LSTM for both")
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8192, help="per round")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--plot", type=Path, default=Path("runs/scaling.png"))
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        alone(options)
+    elif options.memory:
+        memory(options)
+    elif options.scaling:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        scaling(options)
+    else:
+        compare(options)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def _told(error: Exception) -> str:
     return " ".join(str(error).split("Did you mean")[0].split()).rstrip(".")
 
 
-def _agent(
+def make_agent(
     config: AgentConfig, env: VecEnv, seed: int, device: str, **kwargs: Any
 ) -> Any:
     rate = config.learning_rate
@@ -338,7 +338,7 @@ def train(
     with _threads(config.threads), _stoppable() as stopped:
         env = make_envs(config.env, config.envs, config.device, config.seed)
         try:
-            agent = _agent(config.agent, env, config.seed, config.device)
+            agent = make_agent(config.agent, env, config.seed, config.device)
             return _train(config, agent, resume, progress, stopped)
         finally:
             env.close()
@@ -678,7 +678,7 @@ def _tune(
     progress: bool,
     stopped: Callable[[], int],
 ) -> Summary:
-    agent = _agent(
+    agent = make_agent(
         config.agent,
         GroupBaseline(envs, config.group),
         config.seed,
