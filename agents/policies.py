@@ -25,6 +25,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 
 from rlrnn import compiled, seeding
+from rlrnn.agents import masking
 from rlrnn.agents.acting import Step, stepper
 from rlrnn.agents.distributions import Gaussian, distribution_for
 from rlrnn.recurrent import Cell, Recurrent, together
@@ -244,12 +245,15 @@ class RecurrentPolicy(BasePolicy):
         state: tuple[NDArray[Any], ...] | None = None,
         episode_start: NDArray[Any] | None = None,
         deterministic: bool = False,
+        action_masks: NDArray[Any] | None = None,
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
         """Actions for one observation or a batch of n, and the state to pass next time.
 
-        The state is an opaque tuple of arrays [layers, n, H], None before the first
-        step. `episode_start` [n] says whose episode begins, which clears its state.
-        Actions of a `Box` are clipped to it. Draws come from the policy's `generator`.
+        The state is a tuple of arrays [layers, n, H] (of an LSTM: hidden states, cell
+        states), None before the first step. `episode_start` [n] says whose episode
+        begins, which clears its state. `action_masks` [n, M] say what is allowed, see
+        `rlrnn.agents.masking`. Actions of a `Box` are clipped to it. Draws come from
+        the policy's `generator`.
         """
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
@@ -257,18 +261,27 @@ class RecurrentPolicy(BasePolicy):
         n = len(obs)
         rows = self.actor.initial_state(n)
         if state is not None:
-            if state[0].shape != rows.shape:
+            given = np.concatenate(state)
+            if given.shape != rows.shape:
                 raise ValueError(
-                    f"state has shape {list(state[0].shape)}: expected "
+                    f"state has shape {list(given.shape)}: expected "
                     f"{list(rows.shape)} for {n} observations; pass None to begin anew"
                 )
-            rows = torch.as_tensor(state[0], dtype=rows.dtype, device=rows.device)
+            rows = torch.as_tensor(given, dtype=rows.dtype, device=rows.device)
         begins = np.zeros(n, bool) if episode_start is None else episode_start
-        begins = np.broadcast_to(np.asarray(begins, bool), n)
-        starts = torch.tensor(begins, device=rows.device)
+        begins = np.asarray(begins, bool)
+        if begins.size not in (1, n):
+            raise ValueError(
+                f"episode_start has {begins.size} entries: expected one for each of "
+                f"the {n} observations"
+            )
+        starts = torch.tensor(np.broadcast_to(begins.ravel(), n), device=rows.device)
         with torch.no_grad():
             latent, rows = self.actor(self.features(obs[None]), rows, starts[None])
             params = self.params(latent)[0].cpu()
+        if action_masks is not None:
+            masks = masking.as_masks(self.action_space, action_masks, n, "action_masks")
+            params = masking.masked(self.distribution, params, torch.from_numpy(masks))
         if deterministic:
             actions = self.distribution.mode(params).numpy()
         else:
@@ -276,7 +289,8 @@ class RecurrentPolicy(BasePolicy):
         if isinstance(self.action_space, spaces.Box):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         actions = actions.astype(self.action_space.dtype)
-        return actions if vectorized else actions.squeeze(0), (rows.cpu().numpy(),)
+        states = tuple(x.numpy() for x in rows.cpu().split(self.actor.layers))
+        return actions if vectorized else actions.squeeze(0), states
 
     def save(self, path: str) -> Never:
         raise NotImplementedError("a policy has no file of its own: save the agent")

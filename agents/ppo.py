@@ -7,9 +7,10 @@ Shapes: T steps, B environments; S and H of the recurrent state.
 import io
 import os
 import secrets
+import time
 from collections import deque
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Never
 
 import numpy as np
 import torch
@@ -19,12 +20,13 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 
 from rlrnn import checkpoint, losses, returns, seeding
+from rlrnn.agents.masking import masked, possible
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.agents.rollout import Rollout, minibatches, segment_length
 from rlrnn.agents.storage import (
@@ -34,7 +36,13 @@ from rlrnn.agents.storage import (
     encode,
     encode_space,
 )
-from rlrnn.agents.vector import TensorVecEnv, is_tensor_env, source_of
+from rlrnn.agents.vector import (
+    FAULTS,
+    HostArray,
+    TensorVecEnv,
+    is_tensor_env,
+    source_of,
+)
 
 AnyEnv = GymEnv | VectorEnv[Any, Any, Any]
 
@@ -87,6 +95,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         "MlpLstmPolicy": RecurrentPolicy
     }
     policy: RecurrentPolicy  # type: ignore[assignment]
+    use_masking = True  # for calls of `collect_rollouts` outside of `learn`
     rollout_buffer: Rollout  # type: ignore[assignment]
 
     def __init__(
@@ -203,6 +212,31 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     # --- learning ---------------------------------------------------------------------
 
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "RecurrentPPO",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+        use_masking: bool = True,
+    ) -> "RecurrentPPO":
+        """As in Stable-Baselines3; `self`, after at least `total_timesteps` steps.
+
+        Where the environment has `action_masks()`, only what they allow is played;
+        `use_masking=False` ignores them. See `rlrnn.agents.masking`.
+        """
+        self.use_masking = use_masking
+        return super().learn(
+            total_timesteps,
+            callback,
+            log_interval,
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+        )
+
     def collect_rollouts(
         self,
         env: VecEnv,
@@ -213,12 +247,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """Play, remember, and estimate advantages; False if `callback` says stop.
 
         A new `self.rollout_buffer` takes the place of the old one, which is ignored.
-        Callbacks find the locals that Stable-Baselines3 has; `dones` and `infos` are as
-        the environment gave them: tensors, if it is a tensor environment.
+        Callbacks find the locals that Stable-Baselines3 has. Those of a tensor
+        environment are copied to the host when a callback looks at them.
         """
+        began = time.perf_counter()
         policy = self.policy
         policy.set_training_mode(False)
-        source = source_of(env, self.device)
+        source = source_of(env, self.device, self.use_masking)
         length = segment_length(n_rollout_steps, self.batch_size)
         callback.on_rollout_start()
 
@@ -227,6 +262,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         mine, its = policy.split(self._last_state)
         cuts: list[Tensor] = []  # the actor's states where segments begin
         finals: list[tuple[int, Tensor, Tensor]] = []  # step, observation, state
+        allowed: list[Tensor] = []
         self._played = played = []
         act = policy.stepper()
 
@@ -236,6 +272,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
             with torch.no_grad():
                 features = policy.features(obs[None])[0]
                 params, latent, mine = act(features, mine, starts)
+                if (masks := source.masks()) is not None:
+                    allowed.append(masks)
+                    params = masked(policy.distribution, params, masks)
                 actions = policy.distribution.sample(params, self._acting)
             played.append((obs, actions, starts, params, features, latent))
             step = source.step(actions)
@@ -247,9 +286,20 @@ class RecurrentPPO(OnPolicyAlgorithm):
             self._last_obs, self._last_episode_starts = obs, starts  # type: ignore[assignment]
             self._mine = mine
             self.num_timesteps += env.num_envs
-            new_obs, rewards = obs, step.rewards  # for callbacks
-            dones, infos = step.dones, step.infos
-            callback.update_locals(locals())
+            callback.update_locals(
+                {
+                    "self": self,
+                    "env": env,
+                    "n_steps": t,
+                    "n_rollout_steps": n_rollout_steps,
+                    "obs_tensor": played[-1][0],
+                    "actions": HostArray(actions),
+                    "new_obs": HostArray(obs),
+                    "rewards": step.rewards,
+                    "dones": step.dones,
+                    "infos": step.infos,
+                }
+            )
             if not callback.on_step():
                 self._last_state, self._played = self._state_now(), []
                 return False
@@ -264,7 +314,11 @@ class RecurrentPPO(OnPolicyAlgorithm):
         with torch.no_grad():
             log_probs_ = policy.distribution.log_prob(params_, actions_)
             last_values = policy.value(obs, self._last_state, starts)
-        earned = source.earned()  # the one look at the device
+        masks_ = torch.stack(allowed) if allowed else None
+        faults = self._faults(torch.cat((obs_, obs[None])), masks_, finals)
+        earned = source.earned(faults)  # the one look at the device
+        if earned.faults.any():
+            self._refuse(earned.faults)
         finals_ = torch.zeros_like(values_)
         if finals:
             when = [t for t, _, _ in finals]
@@ -295,14 +349,58 @@ class RecurrentPPO(OnPolicyAlgorithm):
             advantages,
             advantages + values_,
             torch.stack(states),
+            masks_,
         )
+        self._state_norm = latents_.norm(dim=-1).mean()
         assert self.ep_info_buffer is not None and self.ep_success_buffer is not None
         self.ep_info_buffer.extend(earned.episodes)
         self.ep_success_buffer.extend(earned.successes)
 
-        callback.update_locals(locals())
+        seconds = time.perf_counter() - began
+        self.logger.record("time/collect_fps", int(starts_.numel() / seconds))
+        callback.update_locals(
+            {"rollout_buffer": self.rollout_buffer, "values": last_values}
+        )
         callback.on_rollout_end()
         return True
+
+    def _faults(
+        self,
+        obs: Tensor,
+        masks: Tensor | None,
+        finals: list[tuple[int, Tensor, Tensor]],
+    ) -> Tensor:
+        """What is wrong with observations [T + 1, B, ...] and masks: `FAULTS` [T, B].
+
+        Over a whole rollout at once: step by step it would cost more than 1 %.
+        """
+        faults = torch.zeros(obs.shape[0] - 1, obs.shape[1], dtype=torch.int64)
+        faults = faults.to(obs.device)
+        if obs.is_floating_point():
+            bad = ~obs.isfinite().flatten(2).all(-1)  # [T + 1, B]
+            faults += bad[:-1]
+            faults[-1] += 8 * bad[-1]
+            for t, final, _ in finals:
+                faults[t] |= 8 * ~final.isfinite().flatten(1).all(-1)
+        if masks is not None:
+            faults += 2 * ~possible(self.action_space, masks)
+        return faults
+
+    def _refuse(self, faults: NDArray[Any]) -> Never:
+        """Forget the rollout that nothing can be learned from, and say why.
+
+        The agent is as before it and can be saved, or learn on another environment.
+        """
+        steps, copies = faults.shape
+        t, copy = (int(i) for i in np.argwhere(faults)[0])
+        when = self.num_timesteps - (steps - t - 1) * copies
+        fault = next(text for key, text in FAULTS.items() if faults[t, copy] & key)
+        self._played, self._last_obs = [], None
+        self._last_state = self.policy.initial_state(self.n_envs)
+        raise ValueError(
+            f"environment {copy} {fault}, at step {t} of the rollout (timestep "
+            f"{when}): nothing was learned from it; repair the environment"
+        )
 
     def _state_now(self) -> Tensor:
         """The recurrent state [S, B, H], within a rollout too.
@@ -321,8 +419,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def train(self) -> None:
         """Some epochs of clipped policy gradient over what was played last."""
+        began = time.perf_counter()
         with self.policy.threads():
             self._train()
+        seconds = time.perf_counter() - began
+        steps = self.rollout_buffer.starts.numel()
+        self.logger.record("time/update_fps", int(steps / seconds))
 
     def _train(self) -> None:
         policy, distribution = self.policy, self.policy.distribution
@@ -345,6 +447,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 params, values, _ = policy.evaluate_sequence(
                     batch.obs, batch.state, batch.starts
                 )
+                if batch.masks is not None:
+                    params = masked(distribution, params, batch.masks)
                 log_ratio = distribution.log_prob(params, batch.actions)
                 log_ratio = log_ratio - batch.log_probs
                 advantages = batch.advantages
@@ -393,6 +497,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         numbers["train/explained_variance"] = losses.explained_variance(
             rollout.values, rollout.returns
         )
+        numbers["rollout/state_norm"] = self._state_norm
         if log_std is not None:
             numbers["train/std"] = log_std.detach().exp().mean()
         values = torch.stack(list(numbers.values())).cpu().numpy()
@@ -406,9 +511,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
         state: tuple[NDArray[Any], ...] | None = None,
         episode_start: NDArray[Any] | None = None,
         deterministic: bool = False,
+        action_masks: NDArray[Any] | None = None,
     ) -> tuple[NDArray[Any], tuple[NDArray[Any], ...] | None]:
         """See `RecurrentPolicy.predict`. It never changes how training goes on."""
-        return self.policy.predict(observation, state, episode_start, deterministic)
+        return self.policy.predict(
+            observation, state, episode_start, deterministic, action_masks
+        )
 
     # --- storing ----------------------------------------------------------------------
 
@@ -444,6 +552,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             "last_obs": self._last_obs,
             "last_starts": self._last_episode_starts,
             "last_state": self._state_now(),
+            "last_mask": env.mask if isinstance(env, TensorVecEnv) else None,
             "normalize": None if normalize is None else _statistics(normalize),
         }
 
@@ -480,6 +589,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         if isinstance(env, TensorVecEnv) and tree["env"] is not None and same_size:
             env.env.load_state_dict(tree["env"])
             env._reset_seeds()
+            if (mask := tree.get("last_mask")) is not None:
+                env.mask = mask.to(env.env.device)
             self._last_obs = tree["last_obs"]
             self._last_episode_starts = tree["last_starts"]
             self._last_state = tree["last_state"].to(self.device)

@@ -24,6 +24,7 @@ class Minibatch(NamedTuple):
     advantages: Float[Tensor, "L N"]
     returns: Float[Tensor, "L N"]
     state: Float[Tensor, "S N H"]
+    masks: Bool[Tensor, "L N M"] | None = None
 
 
 def segment_length(n_steps: int, batch_size: int) -> int:
@@ -40,7 +41,8 @@ class Rollout:
     """T steps in B environments, and the recurrent state at the start of each segment.
 
     `starts[t, b]`: an episode begins with `obs[t, b]`. `values` and `log_probs` are
-    those of the policy that played; `returns` are what the critic learns.
+    those of the policy that played; `returns` are what the critic learns. `masks` say
+    which actions were allowed, if the environment does.
     """
 
     obs: Shaped[Tensor, "T B *obs"]
@@ -51,6 +53,7 @@ class Rollout:
     advantages: Float[Tensor, "T B"]
     returns: Float[Tensor, "T B"]
     states: Float[Tensor, "C S B H"]
+    masks: Bool[Tensor, "T B M"] | None = None
 
     def segments(self) -> Minibatch:
         """All of it as one minibatch [L, C·B]: segment c of column b is c·B + b."""
@@ -68,6 +71,7 @@ class Rollout:
             cut(self.advantages),
             cut(self.returns),
             self.states.transpose(0, 1).flatten(1, 2),
+            None if self.masks is None else cut(self.masks),
         )
 
 
@@ -81,4 +85,6 @@ def minibatches(
     length, count = segments.starts.shape
     order = torch.randperm(count, generator=generator, device=generator.device)
     for chosen in torch.split(order, max(batch_size // length, 1)):
-        yield Minibatch(*(x.index_select(1, chosen) for x in segments))
+        yield Minibatch(
+            *(x if x is None else x.index_select(1, chosen) for x in segments)  # type: ignore[arg-type]
+        )

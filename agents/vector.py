@@ -6,6 +6,7 @@ Stable-Baselines3 expects; a source steps either kind for the training loop.
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
@@ -13,12 +14,15 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
+from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 from torch import Tensor
+
+from rlrnn.agents import masking
 
 Episode = dict[str, Any]  # {"r": return, "l": length, "t": seconds}, as Monitor has it
 
@@ -28,7 +32,8 @@ class TensorVecEnv(VecEnv):
 
     For evaluation, callbacks and wrappers. The agent trains on `env` itself, so long as
     nothing is wrapped around this. Attributes and methods are those of the whole
-    vector: they are read and called once, for all copies.
+    vector: they are read and called once, for all copies; `action_masks()` alone gives
+    each copy its row.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any]) -> None:
@@ -40,12 +45,14 @@ class TensorVecEnv(VecEnv):
         self.env: Any = env
         self._began = time.monotonic()
         self._actions: Tensor | None = None
+        self.mask: Tensor | None = None  # [B, M], what the infos said last
         super().__init__(
             env.num_envs, env.single_observation_space, env.single_action_space
         )
 
     def reset(self) -> NDArray[Any]:
-        obs, _ = self.env.reset(seed=self._seeds[0])  # the vector has one seed
+        obs, infos = self.env.reset(seed=self._seeds[0])  # the vector has one seed
+        self.mask = infos.get("action_mask")
         self._reset_seeds()
         return _numpy(obs)
 
@@ -57,10 +64,17 @@ class TensorVecEnv(VecEnv):
         self,
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], list[dict[str, Any]]]:
         obs, rewards, terminated, truncated, infos = self.env.step(self._actions)
+        self.mask = infos.get("action_mask")
         dones = _numpy(terminated | truncated)
-        cut = _numpy(truncated & ~terminated)
+        described = self.describe(dones, truncated & ~terminated, infos)
+        return _numpy(obs), _numpy(rewards), dones, described
+
+    def describe(
+        self, dones: NDArray[Any], truncated: Tensor, infos: dict[str, Tensor]
+    ) -> list[dict[str, Any]]:
+        """One step's infos as Stable-Baselines3 has them: a dict for each copy."""
         described: list[dict[str, Any]] = [
-            {"TimeLimit.truncated": bool(flag)} for flag in cut
+            {"TimeLimit.truncated": bool(flag)} for flag in _numpy(truncated)
         ]
         if dones.any():
             final = _numpy(infos["final_obs"])
@@ -71,7 +85,12 @@ class TensorVecEnv(VecEnv):
                 described[i]["episode"] = self.episode(
                     float(returns[i]), int(lengths[i])
                 )
-        return _numpy(obs), _numpy(rewards), dones, described
+        return described
+
+    def action_masks(self) -> Tensor | None:
+        """What is allowed now [B, M]; None if the environment does not say."""
+        method = getattr(self.env, masking.METHOD, None)
+        return self.mask if method is None else method()
 
     def episode(self, total: float, length: int) -> Episode:
         seconds = round(time.monotonic() - self._began, 6)
@@ -79,6 +98,11 @@ class TensorVecEnv(VecEnv):
 
     def close(self) -> None:
         self.env.close()
+
+    def has_attr(self, attr_name: str) -> bool:
+        if attr_name == masking.METHOD:
+            return hasattr(self.env, attr_name) or self.mask is not None
+        return hasattr(self.env, attr_name)
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         return [getattr(self.env, attr_name)] * len(list(self._get_indices(indices)))
@@ -95,8 +119,14 @@ class TensorVecEnv(VecEnv):
         indices: VecEnvIndices = None,
         **method_kwargs: Any,
     ) -> list[Any]:
+        chosen = list(self._get_indices(indices))
+        if method_name == masking.METHOD:  # each copy has its own
+            allowed = self.action_masks()
+            assert allowed is not None
+            masks = _numpy(allowed)
+            return [masks[i] for i in chosen]
         result = getattr(self.env, method_name)(*method_args, **method_kwargs)
-        return [result] * len(list(self._get_indices(indices)))
+        return [result] * len(chosen)
 
     def env_is_wrapped(
         self,
@@ -119,7 +149,7 @@ class Step(NamedTuple):
     """One step of B environments, which have been reset where they are done.
 
     `final_obs` holds the observations before the reset, or None if nothing truncated.
-    `rewards`, `dones` and `infos` are as the environment has them, for callbacks.
+    `rewards`, `dones` and `infos` are what callbacks see: as a `VecEnv` has them.
     """
 
     obs: Shaped[Tensor, "B *obs"]
@@ -130,14 +160,94 @@ class Step(NamedTuple):
     infos: Any
 
 
+class HostArray(NDArrayOperatorsMixin):
+    """A tensor that is a numpy array to callbacks, copied when one looks at it.
+
+    So nothing waits for the device as long as nobody looks. `tensor` is the original.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @cached_property
+    def array(self) -> NDArray[Any]:
+        return _numpy(self.tensor)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return np.array(self.array, dtype) if copy else np.asarray(self.array, dtype)
+
+    def __array_ufunc__(
+        self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any
+    ) -> Any:
+        inputs = tuple(x.array if isinstance(x, HostArray) else x for x in inputs)
+        return getattr(ufunc, method)(*inputs, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # protocols that numpy or copy ask for
+            raise AttributeError(name)
+        return getattr(self.array, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.array[index]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __repr__(self) -> str:
+        return repr(self.array)
+
+
+class HostInfos(Sequence[dict[str, Any]]):
+    """The infos of a tensor environment as a `VecEnv` has them, made on demand.
+
+    `tensors` are the original.
+    """
+
+    def __init__(
+        self,
+        face: TensorVecEnv,
+        dones: HostArray,
+        ends: tuple[Tensor, Tensor],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        self.face, self.dones, self.ends = face, dones, ends
+        self.tensors = tensors
+
+    @cached_property
+    def dicts(self) -> list[dict[str, Any]]:
+        terminated, truncated = self.ends
+        return self.face.describe(
+            self.dones.array, truncated & ~terminated, self.tensors
+        )
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dicts[index]
+
+    def __len__(self) -> int:
+        return len(self.dones)
+
+
+# What can be wrong with a step, and is found when the rollout is complete.
+FAULTS = {
+    1: "saw an observation that is not finite",
+    2: "allowed no action",
+    4: "gave a reward that is not finite",
+    8: "gave an observation that is not finite",
+}
+
+
 class Earned(NamedTuple):
-    """What T steps of B environments earned, and how episodes ended."""
+    """What T steps of B environments earned, and how episodes ended.
+
+    `faults` are sums of the keys of `FAULTS`, on the host.
+    """
 
     rewards: Float[Tensor, "T B"]
     terminated: Bool[Tensor, "T B"]
     truncated: Bool[Tensor, "T B"]
     episodes: list[Episode]
     successes: list[Any]
+    faults: Int[np.ndarray, "T B"]
 
 
 @runtime_checkable
@@ -146,27 +256,33 @@ class Source(Protocol):
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step: ...
 
-    def earned(self) -> Earned:
-        """All since the beginning, on the agent's device."""
+    def masks(self) -> Bool[Tensor, "B M"] | None:
+        """What is allowed now; None if the environment does not say."""
+        ...
+
+    def earned(self, faults: Int[Tensor, "T B"]) -> Earned:
+        """All since the beginning, on the agent's device; `faults` found so far."""
         ...
 
 
-def source_of(env: VecEnv, device: torch.device) -> Source:
+def source_of(env: VecEnv, device: torch.device, use_masking: bool = True) -> Source:
     if isinstance(env, TensorVecEnv):
         if env.env.device.type != device.type:
             raise ValueError(
                 f"env is on {env.env.device}, the agent on {device}: expected one "
                 "device for both; pass the environment's to the agent"
             )
-        return TensorSource(env)
-    return NumpySource(env, device)
+        return TensorSource(env, use_masking)
+    return NumpySource(env, device, use_masking)
 
 
 class TensorSource:
     """Nothing here waits for the device before `earned`."""
 
-    def __init__(self, env: TensorVecEnv) -> None:
+    def __init__(self, env: TensorVecEnv, use_masking: bool = True) -> None:
         self.face = env
+        self.masked = use_masking and env.has_attr(masking.METHOD)
+        self.groups = masking.choices(env.action_space) if self.masked else []
         self.truncates = env.env.metadata.get("truncates") is not False
         self.steps: list[tuple[Tensor, ...]] = []
         space = env.action_space
@@ -186,8 +302,24 @@ class TensorSource:
         dones = terminated | truncated
         totals = infos["episode_return"], infos["episode_length"]
         self.steps.append((rewards, terminated, truncated, *totals))
+        self.face.mask = infos.get("action_mask")
         final_obs = infos["final_obs"] if self._may_truncate(truncated) else None
-        return Step(obs, dones, final_obs, rewards, dones, infos)
+        seen = HostArray(dones)
+        described = HostInfos(self.face, seen, (terminated, truncated), infos)
+        return Step(obs, dones, final_obs, HostArray(rewards), seen, described)
+
+    def masks(self) -> Bool[Tensor, "B M"] | None:
+        if not self.masked:
+            return None
+        masks = self.face.action_masks()
+        expected = self.face.num_envs, sum(self.groups)
+        if masks is None or masks.shape != expected:
+            given = "none" if masks is None else list(masks.shape)
+            raise ValueError(
+                f"the environment's action masks are {given}: expected booleans "
+                f"{list(expected)} for {self.face.action_space}, at each step"
+            )
+        return masks.bool()
 
     def _may_truncate(self, truncated: Tensor) -> bool:
         """On a CPU the answer is free; elsewhere asking costs more than valuing all."""
@@ -195,24 +327,29 @@ class TensorSource:
             return bool(truncated.any())
         return self.truncates
 
-    def earned(self) -> Earned:
+    def earned(self, faults: Int[Tensor, "T B"]) -> Earned:
         rewards, terminated, truncated, returns, lengths = (
             torch.stack(x) for x in zip(*self.steps, strict=True)
         )
         ended = terminated | truncated
-        table = torch.stack((ended.double(), returns.double(), lengths.double()))
-        ended_, returns_, lengths_ = table.cpu().numpy()
+        faults = faults + 4 * ~rewards.isfinite()
+        table = torch.stack([x.double() for x in (ended, returns, lengths, faults)])
+        ended_, returns_, lengths_, faults_ = table.cpu().numpy()
         chosen = ended_.astype(bool)
         pairs = zip(returns_[chosen], lengths_[chosen], strict=True)
         episodes = [self.face.episode(float(r), int(n)) for r, n in pairs]
-        return Earned(rewards, terminated, truncated, episodes, [])
+        wrong = faults_.astype(int)
+        return Earned(rewards, terminated, truncated, episodes, [], wrong)
 
 
 class NumpySource:
     """Any `VecEnv`. What the policy does not need stays on the host."""
 
-    def __init__(self, env: VecEnv, device: torch.device) -> None:
+    def __init__(
+        self, env: VecEnv, device: torch.device, use_masking: bool = True
+    ) -> None:
         self.env = env
+        self.masked = use_masking and masking.is_masking_supported(env)
         self.device = device
         self.rewards: list[NDArray[Any]] = []
         self.dones: list[NDArray[Any]] = []
@@ -239,7 +376,15 @@ class NumpySource:
         # copies: a VecEnv may write into its arrays again
         seen = torch.from_numpy(obs.copy()).to(self.device)
         starts = torch.from_numpy(self.dones[-1]).to(self.device)
-        return Step(seen, starts, final_obs, rewards, dones, infos)
+        # these very rewards are learned from: a callback may change them in place
+        return Step(seen, starts, final_obs, self.rewards[-1], dones, infos)
+
+    def masks(self) -> Bool[Tensor, "B M"] | None:
+        if not self.masked:
+            return None
+        masks = masking.get_action_masks(self.env)
+        masks = masking.as_masks(self.space, masks, self.env.num_envs)
+        return torch.from_numpy(masks).to(self.device)
 
     def _ended(
         self, obs: NDArray[Any], dones: NDArray[Any], infos: list[dict[str, Any]]
@@ -259,15 +404,17 @@ class NumpySource:
             final[i] = infos[i]["terminal_observation"]
         return truncated, torch.tensor(final, device=self.device)
 
-    def earned(self) -> Earned:
+    def earned(self, faults: Int[Tensor, "T B"]) -> Earned:
         dones, truncated = np.stack(self.dones), np.stack(self.truncated)
         rewards = np.stack(self.rewards).astype(np.float32)
+        wrong = faults.cpu().numpy() + 4 * ~np.isfinite(rewards)
         return Earned(
             torch.from_numpy(rewards).to(self.device),
             torch.from_numpy(dones & ~truncated).to(self.device),
             torch.from_numpy(truncated).to(self.device),
             self.episodes,
             self.successes,
+            wrong,
         )
 
 

@@ -590,7 +590,8 @@ def test_logged_names() -> None:
     seen.update(model.logger.name_to_value)
     names = "entropy_loss policy_gradient_loss value_loss approx_kl clip_fraction loss"
     names += " explained_variance grad_norm n_updates clip_range learning_rate"
-    assert {f"train/{name}" for name in names.split()} == set(seen)
+    expected = {f"train/{name}" for name in names.split()}
+    assert expected | {"rollout/state_norm", "time/update_fps"} == set(seen)
 
 
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
