@@ -193,9 +193,12 @@ def pack(weight: Array, transposed: bool = True) -> Array:
 
 def outer(a: Array, b: Array, threads: int) -> Array:
     """a.T @ b for a [M, G] and b [M, D]."""
+    # not by BLAS, numpy's or torch's, whose own threads would take the cores
+    if b.shape[1] < 16:
+        return kernels.few(b, a).T.copy()
+    if a.shape[1] < 16:
+        return kernels.few(a, b)
     out: Array = np.empty((1, a.shape[1], b.shape[1]), a.dtype)
-    if min(a.shape[1], b.shape[1]) < 16:  # too narrow for panels
-        return np.matmul(a.T, b, out=out[0])
     kernels.outer(a[None], b[None], out, threads)
     return out[0]
 

@@ -565,6 +565,24 @@ def outer(a: Array, b: Array, out: Array, threads: int) -> None:
 
 @_jit
 @no_type_check
+def _few(a, b, out):
+    for i in range(len(a)):
+        row = b[i]
+        for g in range(a.shape[1]):
+            value, sums = a[i, g], out[g]
+            for j in range(len(row)):
+                sums[j] += value * row[j]
+
+
+def few(a: Array, b: Array) -> Array:
+    """a.T @ b for an `a` [M, G] that is too narrow for panels."""
+    out = np.zeros((a.shape[1], b.shape[1]), a.dtype)
+    _few(a, b, out)
+    return out
+
+
+@_jit
+@no_type_check
 def _linear(x, packed, bias, y, squash):
     rows, outputs = y.shape
     size, some = x.shape[1], min(rows, 64)  # a few rows at a time stay in the cache
