@@ -9,11 +9,13 @@ import os
 import secrets
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Never
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from stable_baselines3.common.base_class import maybe_make_env
@@ -21,11 +23,16 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    check_for_correct_spaces,
+    get_system_info,
+)
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from torch import Tensor, nn
 
 from rlrnn import checkpoint, losses, returns, seeding
+from rlrnn.agents import contrib
 from rlrnn.agents.masking import masked, possible
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.agents.rollout import Rollout, minibatches, segment_length
@@ -228,14 +235,15 @@ class RecurrentPPO(OnPolicyAlgorithm):
         `use_masking=False` ignores them. See `rlrnn.agents.masking`.
         """
         self.use_masking = use_masking
-        return super().learn(
-            total_timesteps,
-            callback,
-            log_interval,
-            tb_log_name,
-            reset_num_timesteps,
-            progress_bar,
-        )
+        with self.policy.threads():
+            return super().learn(
+                total_timesteps,
+                callback,
+                log_interval,
+                tb_log_name,
+                reset_num_timesteps,
+                progress_bar,
+            )
 
     def collect_rollouts(
         self,
@@ -420,8 +428,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def train(self) -> None:
         """Some epochs of clipped policy gradient over what was played last."""
         began = time.perf_counter()
-        with self.policy.threads():
-            self._train()
+        self._train()
         seconds = time.perf_counter() - began
         steps = self.rollout_buffer.starts.numel()
         self.logger.record("time/update_fps", int(steps / seconds))
@@ -601,13 +608,17 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 again = seeding.derive(self.seed, "restart", self.num_timesteps)
                 self.env.seed(again >> 32)
 
-    def save(  # type: ignore[override]
-        self, path: str | os.PathLike[str] | io.BufferedIOBase
+    def save(
+        self,
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
     ) -> None:
         """One .zip for `load`: settings, spaces and `state_dict()`, without any code.
 
         A path that does not end in `.zip` gets it. Functions and classes of one's own,
         such as a lambda as learning rate, are left out, and `load` asks for them.
+        `exclude` and `include` are for compatibility: nothing is stored by its name.
         """
         settings: dict[str, Any] = {}
         missing: list[str] = []
@@ -635,19 +646,35 @@ class RecurrentPPO(OnPolicyAlgorithm):
         checkpoint.save(_with_suffix(path), tree, {"kind": "agent"})
 
     @classmethod
-    def load(  # type: ignore[override]
+    def load(
         cls,
         path: str | os.PathLike[str] | io.BufferedIOBase,
         env: AnyEnv | str | None = None,
         device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = False,
+        trust: bool = False,
         **overrides: Any,
     ) -> "RecurrentPPO":
         """The agent that `save` stored. Nothing in the file is executed.
 
-        Without `env` it can predict; with one it can also go on learning. `overrides`
-        are arguments of the constructor that take the place of the stored ones.
+        Without `env` it can predict; with one it can also go on learning, from where it
+        was if `env` can be put there and `force_reset` is False. `overrides` are
+        arguments of the constructor that take the place of the stored ones, as are
+        those in `custom_objects`.
+
+        With `trust`, also files of sb3-contrib's `RecurrentPPO`. These hold pickles,
+        which can run any code: say so only of files whose origin you know.
         """
-        path = _with_suffix(path)
+        if print_system_info:
+            get_system_info()
+        known = {key: v for key, v in (custom_objects or {}).items() if key in SETTINGS}
+        overrides = {**known, **overrides}
+        if not (isinstance(path, (str, os.PathLike)) and Path(path).is_file()):
+            path = _with_suffix(path)
+        if contrib.recognises(path):
+            return cls._imported(path, env, device, trust, overrides)
         name = path if isinstance(path, Path) else getattr(path, "name", "the file")
         tree = checkpoint.load(path)
         if not (isinstance(tree, dict) and "observation_space" in tree):
@@ -657,28 +684,120 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 f"{name} cannot hold {', '.join(sorted(absent))}, which was code: "
                 f"expected as an argument; pass load(..., {min(absent)}=...)"
             )
-        settings = {**decode(tree["settings"]), **overrides}
-        observation_space = decode_space(tree["observation_space"])
-        action_space = decode_space(tree["action_space"])
+        agent = cls._assembled(
+            {**decode(tree["settings"]), **overrides},
+            decode_space(tree["observation_space"]),
+            decode_space(tree["action_space"]),
+            tree["n_envs"],
+            env,
+            device,
+        )
+        normalized = "obs" in (tree["state"]["normalize"] or {})
+        if normalized and agent.env is not None and agent._vec_normalize_env is None:
+            raise ValueError(
+                f"{name} learned on normalised observations, env has them raw: "
+                "expected a VecNormalize, into which the statistics go; wrap env"
+            )
+        try:
+            agent.load_state_dict(tree["state"])
+        except RuntimeError as error:  # torch lists all weights, a line each
+            raise ValueError(
+                f"{name} has the weights of another policy than its settings and "
+                f"{sorted(overrides) or 'no'} overrides make: expected the same; leave "
+                "policy and policy_kwargs out"
+            ) from error
+        if force_reset:
+            agent._last_obs = None
+        return agent
+
+    @classmethod
+    def _imported(
+        cls,
+        path: str | os.PathLike[str] | io.BufferedIOBase,
+        env: AnyEnv | str | None,
+        device: torch.device | str,
+        trust: bool,
+        overrides: dict[str, Any],
+    ) -> "RecurrentPPO":
+        """An agent of sb3-contrib: its weights, optimiser, settings and counters."""
+        saved = contrib.read(path, SETTINGS, overrides.keys(), trust)
+        settings = {**saved.settings, **overrides}
+        policy = settings["policy"]
+        if isinstance(policy, str) and policy not in cls.policy_aliases:
+            raise ValueError(
+                f"the file has a {policy}, which is not supported yet: expected one "
+                f"of {', '.join(cls.policy_aliases)}"
+            )
+        chosen = cls.policy_aliases[policy] if isinstance(policy, str) else policy
+        settings["policy_kwargs"] = contrib.fitting(
+            settings.get("policy_kwargs") or {}, chosen
+        )
+        agent = cls._assembled(
+            settings,
+            saved.observation_space,
+            saved.action_space,
+            saved.n_envs,
+            env,
+            device,
+        )
+        contrib.load_parameters(agent.policy, saved.weights, saved.optimizer)
+        agent.num_timesteps = saved.num_timesteps
+        agent._n_updates = saved.n_updates
+        agent._current_progress_remaining = saved.progress_remaining
+        return agent
+
+    @classmethod
+    def _assembled(
+        cls,
+        settings: dict[str, Any],
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        n_envs: int,
+        env: AnyEnv | str | None,
+        device: torch.device | str,
+    ) -> "RecurrentPPO":
+        """A new agent for these spaces, which `env` must have."""
         if env is not None:
             if isinstance(env, str):
                 env = maybe_make_env(env, settings["verbose"])
             env = cls._wrap_env(env)
             check_for_correct_spaces(env, observation_space, action_space)
-            normalized = "obs" in (tree["state"]["normalize"] or {})
-            if normalized and not isinstance(env, VecNormalize):
-                raise ValueError(
-                    f"{name} learned on normalised observations, env has them raw: "
-                    "expected a VecNormalize, into which the statistics go; wrap env"
-                )
         agent = cls(env=env, device=device, _init_setup_model=False, **settings)
         if env is None:
             agent.observation_space = observation_space
             agent.action_space = action_space
-            agent.n_envs = tree["n_envs"]
+            agent.n_envs = n_envs
         agent._setup_model()
-        agent.load_state_dict(tree["state"])
         return agent
+
+    def set_parameters(
+        self,
+        load_path_or_dict: Any,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """What `get_parameters` gave, or those in a file of ours or of sb3-contrib.
+
+        Neither runs code. `device` is for compatibility: they go to the agent's.
+        """
+        given = load_path_or_dict
+        if not isinstance(given, dict):
+            if not (isinstance(given, (str, os.PathLike)) and Path(given).is_file()):
+                given = _with_suffix(given)
+            if contrib.recognises(given):
+                weights, optimizer = contrib.read_parameters(given)
+                contrib.load_parameters(self.policy, weights, optimizer)
+                return
+            state = checkpoint.load(given)["state"]
+            given = {"policy": state["policy"], "policy.optimizer": state["optimizer"]}
+        try:
+            super().set_parameters(given, exact_match, device)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                "the parameters are of another policy: expected those of one like "
+                f"this ({reason})"
+            ) from error
 
 
 class _Update:
