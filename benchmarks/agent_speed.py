@@ -2,7 +2,6 @@
 
     python benchmarks/agent_speed.py                     # the small setting
     python benchmarks/agent_speed.py --setting large --shared
-    python benchmarks/agent_speed.py --memory            # peak memory, a process each
     python benchmarks/agent_speed.py --scaling           # cost per step, T and envs
 
 The same recipe for both: network, environments (SB3's DummyVecEnv over the same
@@ -87,62 +86,73 @@ def make(
 
 
 def compare(options: argparse.Namespace) -> None:
-    setting = SETTINGS[options.setting]
-    one = setting[0] * setting[1]
-    updates = max(1, options.steps // one)
+    """A process for each agent and number of threads; one of them works at a time."""
     runs = [
         (agent, threads)
         for agent in ("sb3-contrib", "rlrnn", "tensor")
         for threads in options.threads
     ]
-    agents = {
-        agent: make(agent, options.task, setting, options.shared)
-        for agent in dict(runs)
-    }
-    for agent in agents.values():
-        agent.learn(2 * one)  # warm-up
+    workers = {run: Worker(*run, options) for run in runs}
     speeds: dict[tuple[str, int], list[float]] = {run: [] for run in runs}
     for _ in range(options.rounds):
-        for name, threads in runs:
-            torch.set_num_threads(threads)
-            begin = time.perf_counter()
-            agents[name].learn(updates * one, reset_num_timesteps=False)
-            took = time.perf_counter() - begin
-            speeds[name, threads].append(updates * one / took)
+        for run, worker in workers.items():
+            speeds[run].append(float(worker.ask("go")))
+    peaks = {run: worker.ask("stop") for run, worker in workers.items()}
     peer = max(
-        (r for r in runs if r[0] == "sb3-contrib"),
-        key=lambda r: statistics.median(speeds[r]),
+        (run for run in runs if run[0] == "sb3-contrib"),
+        key=lambda run: statistics.median(speeds[run]),
     )
     print(f"{options.setting}, {options.task}{', shared' if options.shared else ''}:")
-    print("| agent | threads | steps/s, median (min to max) | of sb3-contrib's best |")
-    print("|---|---|---|---|")
+    print(
+        "| agent | threads | steps/s, median (min to max) | of sb3-contrib's best |",
+        end="",
+    )
+    print(" peak, MiB |\n|---|---|---|---|---|")
     for run, values in speeds.items():
         ratio = statistics.median(
             a / b for a, b in zip(values, speeds[peer], strict=True)
         )
         print(
             f"| {run[0]} | {run[1]} | {statistics.median(values):,.0f} "
-            f"({min(values):,.0f} to {max(values):,.0f}) | {ratio:.2f} |"
+            f"({min(values):,.0f} to {max(values):,.0f}) | {ratio:.2f} | {peaks[run]} |"
         )
 
 
-def memory(options: argparse.Namespace) -> None:
-    """Peak resident memory of a process with one agent, after three updates."""
-    print("| agent | peak, MiB |\n|---|---|")
-    for agent in ("sb3-contrib", "rlrnn", "tensor"):
-        command = [sys.executable, __file__, "--alone", agent, "--task", options.task]
-        command += ["--setting", options.setting]
+class Worker:
+    """A process that trains when asked, and says how fast."""
+
+    def __init__(self, agent: str, threads: int, options: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--alone", agent]
+        command += ["--threads", str(threads), "--task", options.task]
+        command += ["--setting", options.setting, "--steps", str(options.steps)]
         command += ["--shared"] if options.shared else []
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        print(f"| {agent} | {done.stdout.split()[-1]} |", flush=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.ask("warm up")
+
+    def ask(self, what: str) -> str:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(f"{what}\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
 
 
 def alone(options: argparse.Namespace) -> None:
+    """The other end of a `Worker`."""
+    torch.set_num_threads(options.threads[0])
     setting = SETTINGS[options.setting]
-    torch.set_num_threads(1)
+    one = setting[0] * setting[1]
+    updates = max(1, options.steps // one)
     agent = make(options.alone, options.task, setting, options.shared)
-    agent.learn(3 * setting[0] * setting[1])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    for line in sys.stdin:
+        if line.strip() == "stop":
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            break
+        steps = 2 * one if line.strip() == "warm up" else updates * one
+        begin = time.perf_counter()
+        agent.learn(steps, reset_num_timesteps=False)
+        print(steps / (time.perf_counter() - begin), flush=True)
 
 
 def scaling(options: argparse.Namespace) -> None:
@@ -193,15 +203,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8192, help="per round")
-    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--plot", type=Path, default=Path("runs/scaling.png"))
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.alone:
         alone(options)
-    elif options.memory:
-        memory(options)
     elif options.scaling:
         options.plot.parent.mkdir(parents=True, exist_ok=True)
         scaling(options)

@@ -216,13 +216,16 @@ def undisturbed() -> Iterator[None]:
     threads keep the cores busy for a while after each operation.
     """
     global _threads
-    before, _threads = _threads, torch.get_num_threads()
+    if _threads:  # already
+        yield
+        return
+    _threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(_threads)
-        _threads = before
+        _threads = 0
 
 
 class Networks(torch.autograd.Function):
