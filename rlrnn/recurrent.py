@@ -6,8 +6,9 @@ states. This file alone knows that layout; others keep it, index its columns, an
 it back.
 """
 
+import warnings
 from collections.abc import Sequence
-from importlib.util import find_spec
+from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -20,7 +21,6 @@ from rlrnn import compiled
 Cell = Literal["lstm", "gru", "rnn"]
 _NO_HEAD = nn.Sequential()
 _STACKS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
-_HAS_TRITON = find_spec("triton") is not None
 
 
 class Recurrent(nn.Module):
@@ -162,7 +162,24 @@ def compiles(x: Tensor) -> bool:
 
 def fuses(x: Tensor) -> bool:
     """Whether `rlrnn.kernels_cuda` work on this tensor."""
-    return x.device.type == "cuda" and x.dtype == torch.float32 and _HAS_TRITON
+    return x.device.type == "cuda" and x.dtype == torch.float32 and _triton()
+
+
+@cache
+def _triton() -> bool:
+    """Whether Triton runs here; it needs a C compiler and Python's headers, too."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:
+        warnings.warn(
+            f"no fused recurrence on CUDA, but a slow loop: {error!r} from Triton; "
+            "it needs a C compiler and Python's headers",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def together(
