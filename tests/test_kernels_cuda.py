@@ -243,7 +243,7 @@ if not INTERPRETED:
     def test_compiles_for_a_device(
         cell: Cell, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """An H100's machine code, in as little shared memory as smaller devices have."""
+        """Into an H100's machine code, with the shared memory of smaller devices."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
