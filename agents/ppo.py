@@ -8,6 +8,7 @@ import io
 import os
 import secrets
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,7 +112,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         env: AnyEnv | str | None,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int = 128,
-        batch_size: int = 128,
+        batch_size: int | None = 128,
         n_epochs: int = 10,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
@@ -139,8 +140,23 @@ class RecurrentPPO(OnPolicyAlgorithm):
             )
         counts = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
         for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"{name} is {count}: expected at least 1")
+            whole = isinstance(count, (int, np.integer)) and count >= 1
+            if not whole and not (name == "batch_size" and count is None):
+                raise ValueError(
+                    f"{name} is {count!r}: expected a whole number, at least 1"
+                )
+        for name, share in {"gamma": gamma, "gae_lambda": gae_lambda}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}: expected 0 to 1")
+        for name, width in {
+            "clip_range": clip_range,
+            "clip_range_vf": clip_range_vf,
+        }.items():
+            if isinstance(width, (int, float)) and not width > 0:
+                raise ValueError(
+                    f"{name} is {width}: expected a number above 0"
+                    + (", or None for no clipping" if name == "clip_range_vf" else "")
+                )
         vector = env.env if isinstance(env, TensorVecEnv) else env
         if device == "auto" and is_tensor_env(vector):
             device = vector.device  # type: ignore[union-attr]
@@ -187,9 +203,36 @@ class RecurrentPPO(OnPolicyAlgorithm):
         )
         assert isinstance(policy, RecurrentPolicy)
         self.policy = policy.to(self.device)
+        if self.env is not None:
+            self._warn_of_minibatches()
         self._last_state = self.policy.initial_state(self.n_envs)
         self._played: list[tuple[Tensor, ...]] = []  # of a rollout that is under way
         self.rollout_buffer = None  # type: ignore[assignment]  # nothing played yet
+
+    @property
+    def _minibatch(self) -> int:
+        """Steps of a minibatch."""
+        return self.batch_size or self.n_steps * self.n_envs
+
+    def _warn_of_minibatches(self) -> None:
+        """Of settings that work, but not as whoever chose them may think."""
+        total, batch = self.n_steps * self.n_envs, self._minibatch
+        length = segment_length(self.n_steps, batch)
+        size = max(batch // length, 1) * length
+        if 2 * length < min(self.n_steps, batch):
+            warnings.warn(
+                f"no divisor of n_steps={self.n_steps} is near batch_size={batch}: "
+                f"gradients go back {length} steps only; make one a multiple of the "
+                "other",
+                stacklevel=4,
+            )
+        elif total % size:
+            warnings.warn(
+                f"a rollout of {self.n_steps} x {self.n_envs} steps is no multiple of "
+                f"batch_size={batch}: the last minibatch of an epoch has "
+                f"{total % size} steps",
+                stacklevel=4,
+            )
 
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seeds the environments, the action space and the agent's own generators.
@@ -262,7 +305,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         policy = self.policy
         policy.set_training_mode(False)
         source = source_of(env, self.device, self.use_masking)
-        length = segment_length(n_rollout_steps, self.batch_size)
+        length = segment_length(n_rollout_steps, self._minibatch)
         callback.on_rollout_start()
 
         obs = torch.as_tensor(self._last_obs, device=self.device)  # [B, ...]
@@ -450,7 +493,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
         for _ in range(self.n_epochs):
             update.begin_epoch()
-            for batch in minibatches(segments, self.batch_size, self._shuffling):
+            for batch in minibatches(segments, self._minibatch, self._shuffling):
                 params, values, _ = policy.evaluate_sequence(
                     batch.obs, batch.state, batch.starts
                 )

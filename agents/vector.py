@@ -286,8 +286,10 @@ class TensorSource:
         self.truncates = env.env.metadata.get("truncates") is not False
         self.steps: list[tuple[Tensor, ...]] = []
         space = env.action_space
-        example = torch.from_numpy(np.zeros((), space.dtype))
-        self.dtype = example.dtype
+        self.dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
+        seen = env.observation_space
+        seen_dtype = torch.from_numpy(np.zeros((), seen.dtype)).dtype
+        self.form = (torch.Size((env.num_envs, *(seen.shape or ()))), seen_dtype)
         self.low: Tensor | None = None
         if isinstance(space, spaces.Box):
             self.low = torch.tensor(space.low, device=env.env.device)
@@ -299,6 +301,19 @@ class TensorSource:
         obs, rewards, terminated, truncated, infos = self.face.env.step(
             actions.to(self.dtype)
         )
+        if (obs.shape, obs.dtype) != self.form:
+            shape, dtype = self.form
+            raise ValueError(
+                f"the environment gave an observation {obs.dtype} {list(obs.shape)} at "
+                f"step {len(self.steps)} of the rollout: expected {dtype} "
+                f"{list(shape)}; repair it, or its observation space"
+            )
+        for name, x in (("rewards", rewards), ("terminated", terminated)):
+            if x.shape != obs.shape[:1]:
+                raise ValueError(
+                    f"the environment gave {name} {list(x.shape)}: expected "
+                    f"{list(obs.shape[:1])}, one for each copy; repair it"
+                )
         dones = terminated | truncated
         totals = infos["episode_return"], infos["episode_length"]
         self.steps.append((rewards, terminated, truncated, *totals))
@@ -350,6 +365,8 @@ class NumpySource:
     ) -> None:
         self.env = env
         self.masked = use_masking and masking.is_masking_supported(env)
+        if self.masked:
+            masking.choices(env.action_space)  # says which spaces have masks
         self.device = device
         self.rewards: list[NDArray[Any]] = []
         self.dones: list[NDArray[Any]] = []
@@ -358,15 +375,24 @@ class NumpySource:
         self.successes: list[Any] = []
         self.none = np.zeros(env.num_envs, bool)
         self.space = env.action_space
+        self.seen: Any = env.observation_space
+        self.shape = (env.num_envs, *self.seen.shape)
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
         played = actions.cpu().numpy()
         if isinstance(self.space, spaces.Box):
             played = np.clip(played, self.space.low, self.space.high)
-        obs, rewards, dones, infos = self.env.step(
-            played.astype(self.space.dtype, copy=False)
-        )
+        try:
+            obs, rewards, dones, infos = self.env.step(
+                played.astype(self.space.dtype, copy=False)
+            )
+        except ValueError as error:
+            if "broadcast" not in str(error):
+                raise
+            raise self._misfit(f"does not fit ({error})") from error  # DummyVecEnv
         assert isinstance(obs, np.ndarray)
+        if obs.shape != self.shape or obs.dtype.kind not in "biuf":
+            raise self._misfit(f"is {obs.dtype} {list(obs.shape)}")
         truncated, final_obs = self.none, None
         if dones.any():
             truncated, final_obs = self._ended(obs, dones, infos)
@@ -386,8 +412,15 @@ class NumpySource:
         masks = masking.as_masks(self.space, masks, self.env.num_envs)
         return torch.from_numpy(masks).to(self.device)
 
+    def _misfit(self, what: str) -> ValueError:
+        return ValueError(
+            f"an observation {what} at step {len(self.rewards)} of the rollout: "
+            f"expected {self.seen.dtype} {list(self.shape)} for {self.seen}; repair "
+            "the environment, or its observation space"
+        )
+
     def _ended(
-        self, obs: NDArray[Any], dones: NDArray[Any], infos: list[dict[str, Any]]
+        self, obs: NDArray[Any], dones: NDArray[Any], infos: Sequence[dict[str, Any]]
     ) -> tuple[NDArray[Any], Tensor | None]:
         """Who was truncated, and the observations before their resets."""
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])

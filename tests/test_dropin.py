@@ -1,7 +1,9 @@
 """A drop-in for sb3-contrib's RecurrentPPO: what its users rely on, in both classes."""
 
+import base64
 import io
 import json
+import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,12 +16,14 @@ import pytest
 import torch
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO as ContribPPO
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor
 
 import rlrnn  # noqa: F401  (registers the environments)
 from rlrnn.agents import RecurrentPPO
+from rlrnn.agents.contrib import _ours as our_name
 
 Agents = pytest.mark.parametrize("Agent", [ContribPPO, RecurrentPPO])
 OBS = spaces.Box(-1, 1, (3,), np.float32)
@@ -105,8 +109,6 @@ def their_values(model: Any, obs: Tensor, starts: Tensor) -> Tensor:
     state = torch.zeros(size), torch.zeros(size)
     states = [state, state]
     values = []
-    from sb3_contrib.common.recurrent.type_aliases import RNNStates
-
     for x, start in zip(obs, starts, strict=True):
         with torch.no_grad():
             _, value, _, after = model.policy.forward(
@@ -169,17 +171,27 @@ def test_the_optimiser_comes_along(tmp_path: Path) -> None:
     theirs.save(tmp_path / "theirs")
     ours = RecurrentPPO.load(tmp_path / "theirs", device="cpu", trust=True)
     parameters = dict(ours.policy.named_parameters())
-    from rlrnn.agents.contrib import _ours
-
     for name, p in theirs.policy.named_parameters():
         p.grad = torch.randn(
             p.shape, generator=torch.Generator().manual_seed(p.numel())
         )
-        parameters[_ours(name)].grad = p.grad.clone()
+        parameters[our_name(name)].grad = p.grad.clone()
     theirs.policy.optimizer.step()
     ours.policy.optimizer.step()
     for name, p in theirs.policy.named_parameters():
-        torch.testing.assert_close(parameters[_ours(name)], p)
+        torch.testing.assert_close(parameters[our_name(name)], p)
+
+
+def changed(path: Path, change: Callable[[Any], None]) -> None:
+    """Change the JSON of a saved agent in place."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    data = json.loads(members["data"])
+    change(data)
+    members["data"] = json.dumps(data).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
 
 
 def test_importing_asks_for_trust_and_runs_nothing_before(tmp_path: Path) -> None:
@@ -187,26 +199,17 @@ def test_importing_asks_for_trust_and_runs_nothing_before(tmp_path: Path) -> Non
         def __reduce__(self) -> Any:
             return Path.touch, (tmp_path / "was here",)
 
-    make(ContribPPO, envs(), policy_kwargs={**SMALL}).save(tmp_path / "a")
-    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    data = json.loads(members["data"])
-    import base64
-    import pickle
-
-    bomb = base64.b64encode(pickle.dumps(Evil())).decode()
-    for key in ("ep_info_buffer", "observation_space", "policy_class", "clip_range"):
-        data[key] = {":type:": "x", ":serialized:": bomb}
-    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
-        for name, content in {**members, "data": json.dumps(data)}.items():
-            archive.writestr(name, content)
-    with pytest.raises(
-        ValueError, match=r"pickles, which can run code.*trust=True"
-    ) as e:
+    bomb = {":type:": "x", ":serialized:": pickled(Evil())}
+    targets = ("ep_info_buffer", "observation_space", "policy_class", "clip_range")
+    make(ContribPPO, envs()).save(tmp_path / "evil")
+    changed(
+        tmp_path / "evil.zip", lambda data: data.update(dict.fromkeys(targets, bomb))
+    )
+    message = r"pickles, which can run code.*trust=True"
+    with pytest.raises(ValueError, match=message) as error:
         RecurrentPPO.load(tmp_path / "evil")
-    assert "\n" not in str(e.value)
-    model = make(RecurrentPPO, envs())
-    model.set_parameters(tmp_path / "evil")  # weights only
+    assert "\n" not in str(error.value)
+    make(RecurrentPPO, envs()).set_parameters(tmp_path / "evil")  # weights only
     assert not (tmp_path / "was here").exists()
 
 
@@ -214,28 +217,14 @@ def test_importing_without_the_peer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its policies are known by name; anything else of it is one clear line."""
-    from sb3_contrib.common.recurrent.type_aliases import RNNStates  # any class
-
-    make(ContribPPO, envs()).save(tmp_path / "a")
     path = tmp_path / "a.zip"
-    file = io.BytesIO(path.read_bytes())
+    make(ContribPPO, envs()).save(path)
+    whole = io.BytesIO(path.read_bytes())
+    other = {":type:": "x", ":serialized:": pickled(RNNStates)}
+    changed(path, lambda data: data.update(policy_kwargs=other))
     for name in [name for name in sys.modules if name.startswith("sb3_contrib")]:
         monkeypatch.setitem(sys.modules, name, None)
-    RecurrentPPO.load(file, device="cpu", trust=True)
-    import base64
-    import pickle
-
-    monkeypatch.undo()
-    pickled = base64.b64encode(pickle.dumps(RNNStates)).decode()
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    data = json.loads(members["data"])
-    data["policy_kwargs"] = {":type:": "x", ":serialized:": pickled}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in {**members, "data": json.dumps(data)}.items():
-            archive.writestr(name, content)
-    for name in [name for name in sys.modules if name.startswith("sb3_contrib")]:
-        monkeypatch.setitem(sys.modules, name, None)
+    RecurrentPPO.load(whole, device="cpu", trust=True)
     with pytest.raises(ValueError, match="policy_kwargs in .*pass load") as error:
         RecurrentPPO.load(path, trust=True)
     assert "\n" not in str(error.value)
@@ -243,24 +232,22 @@ def test_importing_without_the_peer(
     assert loaded.policy.actor.hidden_size == 8
 
 
+def pickled(value: Any) -> str:
+    return base64.b64encode(pickle.dumps(value)).decode()
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kwargs", "message"),
     [
-        (lambda m: m["policy_kwargs"].update(squash_output=True), "squash_output=True"),
-        (lambda m: m["policy_kwargs"].update(lstm_hidden_size=9), "of another policy"),
+        ({"squash_output": True}, "squash_output=True"),
+        ({"lstm_hidden_size": 9}, "of another policy"),
     ],
 )
 def test_what_cannot_be_imported_is_named(
-    change: Callable[[Any], None], message: str, tmp_path: Path
+    kwargs: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     make(ContribPPO, envs()).save(tmp_path / "a")
-    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    data = json.loads(members["data"])
-    change(data)
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for name, content in {**members, "data": json.dumps(data)}.items():
-            archive.writestr(name, content)
+    changed(tmp_path / "a.zip", lambda data: data["policy_kwargs"].update(kwargs))
     with pytest.raises(ValueError, match=message) as error:
         RecurrentPPO.load(tmp_path / "a", trust=True)
     assert "\n" not in str(error.value)
