@@ -289,7 +289,7 @@ class TensorSource:
         self.dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
         seen = env.observation_space
         seen_dtype = torch.from_numpy(np.zeros((), seen.dtype)).dtype
-        self.form = (torch.Size((env.num_envs, *(seen.shape or ()))), seen_dtype)
+        self.form = (torch.Size([env.num_envs, *(seen.shape or ())]), seen_dtype)
         self.low: Tensor | None = None
         if isinstance(space, spaces.Box):
             self.low = torch.tensor(space.low, device=env.env.device)
@@ -375,8 +375,8 @@ class NumpySource:
         self.successes: list[Any] = []
         self.none = np.zeros(env.num_envs, bool)
         self.space = env.action_space
-        self.seen: Any = env.observation_space
-        self.shape = (env.num_envs, *self.seen.shape)
+        self.seen = env.observation_space
+        self.shape = (env.num_envs, *(self.seen.shape or ()))
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
         played = actions.cpu().numpy()
@@ -433,7 +433,7 @@ class NumpySource:
         if not truncated.any():
             return truncated, None
         final = obs.copy()
-        for i in np.flatnonzero(truncated):
+        for i in map(int, np.flatnonzero(truncated)):
             final[i] = infos[i]["terminal_observation"]
         return truncated, torch.tensor(final, device=self.device)
 

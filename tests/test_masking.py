@@ -230,6 +230,7 @@ class Ratios(BaseCallback):
                 params, _, _ = policy.evaluate_sequence(
                     batch.obs, batch.state, batch.starts
                 )
+            assert batch.masks is not None
             params = masking.masked(policy.distribution, params, batch.masks)
             log_probs = policy.distribution.log_prob(params, batch.actions)
             self.errors.append(float((log_probs - batch.log_probs).abs().max()))
@@ -406,13 +407,14 @@ def test_evaluation_with_masks(kind: str) -> None:
 
 def test_evaluation_keeps_the_memory() -> None:
     """What sb3-contrib's own `evaluate_policy` for masks loses."""
-    model, states = agent(envs()), []
+    model: Any = agent(envs())
+    states: list[Any] = []
     predict = model.predict
 
     def spy(obs: Any, state: Any = None, *args: Any, **kwargs: Any) -> Any:
         states.append(state)
         return predict(obs, state, *args, **kwargs)
 
-    model.predict = spy  # type: ignore[method-assign]
+    model.predict = spy
     masking.evaluate_policy(model, envs(), 3, warn=False)
     assert states[0] is None and all(s is not None for s in states[1:])
