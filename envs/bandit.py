@@ -76,8 +76,8 @@ class MultiarmedBandit(TensorVectorEnv):
         )
         self._none = -self._pay
 
-    def start(self, u: Float32[Tensor, "B 0"]) -> State:
-        return self._start.copy()
+    def start(self, u: Float32[Tensor, "k 0"]) -> State:
+        return {key: value[: len(u)] for key, value in self._start.items()}
 
     def advance(
         self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 2"]

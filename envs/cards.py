@@ -92,8 +92,8 @@ class HigherLower(TensorVectorEnv):
         self._deck = full_deck(RANKS, decks, num_envs, self.device)
         self._scale = scalar(1 / cards, self.device)
 
-    def start(self, u: Float32[Tensor, "B 1"]) -> State:
-        rank, left = deal(self._deck, u)
+    def start(self, u: Float32[Tensor, "k 1"]) -> State:
+        rank, left = deal(self._deck[: len(u)], u)
         return {"left": left, "rank": rank}
 
     def advance(
@@ -184,8 +184,8 @@ class Concentration(TensorVectorEnv):
         self._success = scalar(2 / cards, self.device)
         self._failure = scalar(-1 / (2 * cards), self.device)
 
-    def start(self, u: Float32[Tensor, "B 0"]) -> State:
-        return self._start.copy()
+    def start(self, u: Float32[Tensor, "k 0"]) -> State:
+        return {key: value[: len(u)] for key, value in self._start.items()}
 
     def advance(
         self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 1"]

@@ -59,7 +59,7 @@ class _Pole(TensorVectorEnv):
     def _constant(self, value: float | list[float]) -> Tensor:
         return torch.tensor(value, device=self.device, dtype=torch.float32)
 
-    def start(self, u: Float32[Tensor, "B 4"]) -> State:
+    def start(self, u: Float32[Tensor, "k 4"]) -> State:
         return {"pole": torch.add(self._start, u, alpha=2 * START)}
 
     def advance(
@@ -192,7 +192,7 @@ class VelocityOnlyCartPole(_Pole):
         reward = 1 / max_episode_steps
         super().__init__(num_envs, [1, 3], reward, max_episode_steps, device)
 
-    def start(self, u: Float32[Tensor, "B 4"]) -> State:
+    def start(self, u: Float32[Tensor, "k 4"]) -> State:
         state = super().start(u)
         return state | {"seen": state["pole"][:, ::2].clone()}  # POPGym's, see above
 
@@ -239,7 +239,7 @@ class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
         self.sigma = sigma
         self._high = self._constant([2 * X_LIMIT, 2 * ANGLE_LIMIT])
 
-    def start(self, u: Float32[Tensor, "B 6"]) -> State:
+    def start(self, u: Float32[Tensor, "k 6"]) -> State:
         return super().start(u[:, 2:]) | {"noise": normal(u[:, :2])}
 
     def advance(

@@ -103,12 +103,12 @@ class Battleship(TensorVectorEnv):
             num_envs, tiles, device=self.device, dtype=torch.bool
         )
 
-    def start(self, u: Float32[Tensor, "B 1"]) -> State:
+    def start(self, u: Float32[Tensor, "k 1"]) -> State:
         return {
             "fleet": (u[:, 0] * len(self.fleets)).long(),
-            "guessed": self._unguessed,
-            "hits": self._unhit,
-            "hit": self._unhit,
+            "guessed": self._unguessed[: len(u)],
+            "hits": self._unhit[: len(u)],
+            "hit": self._unhit[: len(u)],
         }
 
     def advance(
@@ -227,12 +227,13 @@ class Minesweeper(TensorVectorEnv):
         )
         self._none = torch.zeros(num_envs, device=self.device, dtype=torch.int64)
 
-    def start(self, u: Float32[Tensor, "B 5"]) -> State:
+    def start(self, u: Float32[Tensor, "k 5"]) -> State:
         below, shares, first, number, patterns = self._shares
         share = shares[torch.searchsorted(below, u[:, 0].contiguous(), right=True)]
         nth = (u[:, 1:] * number[share]).long()
         mines = (patterns[first[share] + nth] << self._quarters).sum(dim=1)
-        return {"mines": mines, "viewed": self._none, "count": self._none}
+        none = self._none[: len(u)]
+        return {"mines": mines, "viewed": none, "count": none}
 
     def advance(
         self, state: State, actions: Int64[Tensor, "B 2"], u: Float32[Tensor, "B 0"]

@@ -69,13 +69,13 @@ class _Labyrinth(TensorVectorEnv):
         )
         self._still = torch.full((num_envs,), STILL, device=self.device)
 
-    def start(self, u: Float32[Tensor, "B 2"]) -> State:
+    def start(self, u: Float32[Tensor, "k 2"]) -> State:
         gates = self._gates[(u[:, 1] * len(self._gates)).long()]
         return {
             "maze": (u[:, 0] * len(self.mazes)).long(),
             "gates": gates,
             "here": gates[:, 0],
-            "action": self._still,
+            "action": self._still[: len(u)],
         }
 
     def _walk(self, state: State, actions: Int64[Tensor, "B"]) -> State:
@@ -198,11 +198,11 @@ class LabyrinthExplore(_Labyrinth):
             [-1 / LENGTH, 1 / free], device=self.device, dtype=torch.float32
         )
 
-    def start(self, u: Float32[Tensor, "B 2"]) -> State:
+    def start(self, u: Float32[Tensor, "k 2"]) -> State:
         state = super().start(u)
         here = state["here"][:, None]
-        explored = self._unexplored.scatter(1, here, True)
-        return state | {"explored": explored, "left": self._left}
+        explored = self._unexplored[: len(u)].scatter(1, here, True)
+        return state | {"explored": explored, "left": self._left[: len(u)]}
 
     def advance(
         self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 0"]

@@ -75,7 +75,7 @@ class PositionOnlyPendulum(TensorVectorEnv):
         )
         self._cost = 1 / (HALF_COST * max_episode_steps)
 
-    def start(self, u: Float32[Tensor, "B 2"]) -> State:
+    def start(self, u: Float32[Tensor, "k 2"]) -> State:
         return {"rod": (2 * u).sub_(1).mul_(self._start)}
 
     def advance(
@@ -132,7 +132,7 @@ class NoisyPositionOnlyPendulum(PositionOnlyPendulum):
         super().__init__(num_envs, max_episode_steps=max_episode_steps, device=device)
         self.sigma = sigma
 
-    def start(self, u: Float32[Tensor, "B 4"]) -> State:
+    def start(self, u: Float32[Tensor, "k 4"]) -> State:
         return super().start(u[:, 2:]) | {"noise": normal(u[:, :2])}
 
     def advance(

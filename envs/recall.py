@@ -69,9 +69,10 @@ class RepeatPrevious(TensorVectorEnv):
         self._right = scalar(1 / (cards - k), self.device)
         self._wrong = -self._right
 
-    def start(self, u: Float32[Tensor, "B 1"]) -> State:
-        suit, left = deal(self._deck, u)
-        return {"left": left, "latest": torch.cat([self._empty, suit], dim=1)}
+    def start(self, u: Float32[Tensor, "k 1"]) -> State:
+        suit, left = deal(self._deck[: len(u)], u)
+        latest = torch.cat([self._empty[: len(u)], suit], dim=1)
+        return {"left": left, "latest": latest}
 
     def advance(
         self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 1"]
@@ -123,8 +124,8 @@ class RepeatFirst(TensorVectorEnv):
         self._right = scalar(1 / (cards - 1), self.device)
         self._wrong = -self._right
 
-    def start(self, u: Float32[Tensor, "B 1"]) -> State:
-        suit, left = deal(self._deck, u)
+    def start(self, u: Float32[Tensor, "k 1"]) -> State:
+        suit, left = deal(self._deck[: len(u)], u)
         return {"left": left, "first": suit, "latest": suit}
 
     def advance(
@@ -184,10 +185,11 @@ class Autoencode(TensorVectorEnv):
         self._right = scalar(1 / cards, self.device)
         self._wrong = -self._right
 
-    def start(self, u: Float32[Tensor, "B 1"]) -> State:
-        suit, left = deal(self._deck, u)
+    def start(self, u: Float32[Tensor, "k 1"]) -> State:
+        suit, left = deal(self._deck[: len(u)], u)
         watching = left[:, -1:] > 0
-        return {"left": left, "words": self._empty, "watching": watching, "shown": suit}
+        words = self._empty[: len(u)]
+        return {"left": left, "words": words, "watching": watching, "shown": suit}
 
     def advance(
         self, state: State, actions: Int64[Tensor, "B"], u: Float32[Tensor, "B 1"]
@@ -197,8 +199,9 @@ class Autoencode(TensorVectorEnv):
         place = torch.minimum(steps, 2 * self._last - steps)
         word, shift = place >> 5, (place & 31) << 1
         shown = state["shown"].long() << shift  # 0 once all have been dealt
-        words = state["words"].scatter_add(1, word, shown)
-        asked = words.gather(1, word) >> shift & 3
+        written = state["words"].gather(1, word) | shown
+        words = state["words"].scatter(1, word, written)
+        asked = written >> shift & 3
         rewards = torch.where(actions[:, None] == asked, self._right, self._wrong)
         rewards = rewards.masked_fill_(state["watching"], 0.0)
 
@@ -267,8 +270,8 @@ class CountRecall(TensorVectorEnv):
         self._right = scalar(1 / (cards - 1), self.device)
         self._wrong = -self._right
 
-    def start(self, u: Float32[Tensor, "B 2"]) -> State:
-        kinds, left = deal(self._decks, u[..., None])
+    def start(self, u: Float32[Tensor, "k 2"]) -> State:
+        kinds, left = deal(self._decks[: len(u)], u[..., None])
         return {"left": left, "latest": kinds[..., 0]}
 
     def advance(

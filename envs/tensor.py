@@ -26,6 +26,7 @@ from rlrnn.seeding import derive
 
 State = dict[str, Tensor]
 Infos = dict[str, Tensor]
+STATISTICS = "episode_length", "episode_return"
 
 # ---------------------------------------------------------------- random numbers
 # Number j of copy i is mix(stream_i + j·GAMMA): no generator, no order of evaluation,
@@ -65,8 +66,12 @@ def uniform(
     m ≪ 2^24, and never m itself: (1 - 2^-24)·m rounds down in float32.
     """
     counters = stream + offsets
+    return _uniform(counters), counters[:, -1:]
+
+
+def _uniform(counters: Int64[Tensor, "*any"]) -> Float32[Tensor, "*any"]:
     top = _mix(counters) >> 40  # signed: -2^23 ... 2^23 - 1
-    return torch.add(_HALF, top, alpha=2**-24), counters[:, -1:]
+    return torch.add(_HALF, top, alpha=2**-24)
 
 
 def normal(u: Float32[Tensor, "*any"]) -> Float32[Tensor, "*any"]:
@@ -91,7 +96,8 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
 
     `step(actions)` gives `obs, rewards, terminated, truncated, infos`. A copy that is
     done is reset in the same step (SAME_STEP): `obs` then opens the next episode.
-    `infos` always holds these tensors, for all copies:
+    `infos` always holds these tensors, for all copies. If none is done, `final_obs` may
+    be `obs` itself.
 
     | key              |          | meaning                                           |
     |------------------|----------|---------------------------------------------------|
@@ -100,8 +106,8 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
     | `episode_length` | [B]      | steps of the episode so far, with this step       |
 
     `truncated` is set after `max_episode_steps` steps, unless the task `terminated`.
-    Nothing in `step` waits for the device. So actions are checked for shape, dtype and
-    device, not for their values: those must lie in `single_action_space`.
+    Nothing in `step` waits for an accelerator. So actions are checked for shape, dtype
+    and device, not for their values: those must lie in `single_action_space`.
 
     `reset(seed=s)` gives copy i the episodes of (s, i), the same for every `num_envs`;
     `reset()` starts new episodes further along the same streams. All that changes is
@@ -144,14 +150,21 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         )
         self._action_dtype = example.dtype
         self._action_shape = (num_envs, *example.shape)
-        self._draws = [self.start_draws, self.step_draws]
-        self._offsets = offsets(sum(self._draws), device)
-        self.device = self._offsets.device  # "cuda" has become "cuda:0"
+        self.device = torch.empty(0, device=device).device  # "cuda" is now "cuda:0"
         self.state: State = {}
+        self._may_read = self.device.type == "cpu"  # elsewhere it would have to wait
+        self._draws = [self.start_draws, self.step_draws]
+        # Drawn for many steps in one go, where that fits a cache, or saves launches
+        draws = sum(self._draws)
+        block = 2**15 if self._may_read else 2**20
+        steps = max(1, min(16, block // (num_envs * max(1, draws))))
+        self._offsets = offsets(steps * draws, self.device).view(steps, 1, draws)
+        self._ends = (offsets(steps, self.device) * draws).view(steps, 1, 1)
+        self._ahead: list[tuple[Tensor, ...]] = []
 
     @abstractmethod
-    def start(self, u: Float32[Tensor, "B n"]) -> State:
-        """The state in which episodes begin, for all B copies; tensors [B, ...]."""
+    def start(self, u: Float32[Tensor, "k n"]) -> State:
+        """The state in which episodes begin, for k of the copies; tensors [k, ...]."""
 
     @abstractmethod
     def advance(
@@ -164,7 +177,7 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
 
     @abstractmethod
     def observe(self, state: State) -> Tensor:
-        """Observations [B, ...] in memory of their own, never a view of the state."""
+        """Observations [k, ...] of k copies; memory of their own, not the state's."""
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -189,8 +202,7 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
             raise ResetNeeded("step() was called before reset(): call reset() first")
         self._check(actions)
         before = self.state
-        u, stream = uniform(before["stream"], self._offsets)
-        u_start, u_step = u.split_with_sizes(self._draws, dim=1)
+        u_start, u_step, stream = self._draw(before["stream"])
 
         after, rewards, terminated = self.advance(before, actions, u_step)
         lengths = before["episode_length"] + 1
@@ -201,22 +213,67 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
             late = lengths >= self.max_episode_steps
             truncated, done = late > terminated, late | terminated  # late and not term.
         final_obs = self.observe(after)
-
-        fresh = self.start(u_start)
-        self.state = {
-            "stream": stream,
-            "episode_length": lengths.masked_fill(done, 0),
-            "episode_return": returns.masked_fill(done, 0.0),
-        }
-        for key, value in fresh.items():
-            rows = done.view(-1, *[1] * (value.ndim - 1))
-            self.state[key] = torch.where(rows, value, after[key])
         infos = {
             "final_obs": final_obs,
             "episode_return": returns,
             "episode_length": lengths,
         }
-        return self.observe(self.state), rewards, terminated, truncated, infos
+        after |= {"episode_length": lengths, "episode_return": returns}
+        obs, self.state = self._restart(done, u_start, final_obs, after)
+        self.state["stream"] = stream
+        return obs, rewards, terminated, truncated, infos
+
+    def _restart(
+        self,
+        done: Bool[Tensor, "B"],
+        u: Float32[Tensor, "B n"],
+        final_obs: Tensor,
+        after: State,
+    ) -> tuple[Tensor, State]:
+        """Observation and state, with a first one where an episode is done.
+
+        Where it costs little to know which rows those are, they alone are made.
+        """
+        if self._may_read:
+            rows = done.nonzero()[:, 0]
+            if len(rows) == 0:  # the user has these, and may write to them
+                own = {key: after[key].clone() for key in STATISTICS}
+                return final_obs, after | own
+            u = u[rows]
+
+        def put(new: Tensor, old: Tensor) -> Tensor:
+            if self._may_read:
+                return old.index_copy(0, rows, new)
+            return torch.where(done.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+        fresh = self._fresh(u)
+        state = {key: put(value, after[key]) for key, value in fresh.items()}
+        return put(self.observe(fresh), final_obs), state
+
+    def _fresh(self, u: Float32[Tensor, "k n"]) -> State:
+        """`start`, with its statistics."""
+        zeros = torch.zeros(len(u), device=self.device, dtype=torch.float32)
+        return {
+            "episode_length": zeros.long(),
+            "episode_return": zeros,
+            **self.start(u),
+        }
+
+    def _draw(self, stream: Int64[Tensor, "B 1"]) -> tuple[Tensor, ...]:
+        """Numbers for `start` and for `advance`, and the stream after them.
+
+        Those of the steps to come are drawn, too, and kept for as long as the stream is
+        the one that was left: after a reset, or a resumption, it is another.
+        """
+        if not self._ahead or self._ahead[-1][0] is not stream:
+            u = _uniform(stream + self._offsets)
+            parts = u.split_with_sizes(self._draws, dim=2)
+            starts, steps = (part.contiguous().unbind() for part in parts)
+            after = (stream + self._ends).unbind()
+            before = (stream, *after)
+            # (stream, start, step, stream after), the next one last
+            self._ahead = list(zip(before, starts, steps, after, strict=False))[::-1]
+        return self._ahead.pop()[1:]
 
     def state_dict(self) -> State:
         """A copy of all that a later `load_state_dict` needs; empty before `reset`."""
@@ -235,14 +292,8 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         self.state = {key: state[key].to(self.device, copy=True) for key in ours}
 
     def _first_state(self, stream: Int64[Tensor, "B 1"]) -> State:
-        u, stream = uniform(stream, self._offsets)
-        zeros = torch.zeros(self.num_envs, device=self.device, dtype=torch.float32)
-        return {
-            "stream": stream,
-            "episode_length": zeros.long(),
-            "episode_return": zeros,
-            **self.start(u[:, : self.start_draws]),
-        }
+        u, _, stream = self._draw(stream)
+        return {"stream": stream, **self._fresh(u)}
 
     def _check(self, actions: Tensor) -> None:
         if not (

@@ -280,6 +280,48 @@ def test_resume_to_the_same_bits(id: str) -> None:
     assert torch.equal(resumed.reset()[0], env.reset()[0])
 
 
+@pytest.mark.parametrize("id", TENSOR_IDS)
+def test_resets_of_rows_and_of_all_agree(id: str) -> None:
+    """On a CPU only the rows that are done are made anew; elsewhere all, and chosen."""
+    env, other = make_vec(id, 12), make_vec(id, 12)
+    other._may_read = False
+    env.reset(seed=3), other.reset(seed=3)
+    limit = env.max_episode_steps
+    actions = random_actions(env, 850 if limit is None else 110)
+    before = env.state_dict()
+    play(env, actions[:17])
+    even, mixed = torch.arange(12) % 2 == 0, env.state_dict()
+    for key, value in mixed.items():  # two moments of an episode
+        rows = even.view(-1, *[1] * (value.ndim - 1))
+        mixed[key] = torch.where(rows, before[key], value)
+    if limit is not None:  # its end is near
+        mixed["episode_length"] += max(0, limit - 100)
+    for each in (env, other):
+        each.load_state_dict(mixed)
+    a, b = play(env, actions), play(other, actions)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(torch.equal(env.state[key], other.state[key]) for key in other.state)
+    assert env.state.keys() == other.state.keys()
+    assert bool((a[2] | a[3]).any())
+
+
+def test_results_can_be_written_to() -> None:
+    """What `step` returned is the user's: writing to it changes no later step."""
+    env, other = CartPole(8), CartPole(8)
+    env.reset(seed=0), other.reset(seed=0)
+    for action in random_actions(env, 40):
+        ours, theirs = env.step(action), other.step(action)
+        for x, y in zip(
+            (*ours[:4], *ours[4].values()),
+            (*theirs[:4], *theirs[4].values()),
+            strict=True,
+        ):
+            assert torch.equal(x, y)
+        seen = {id(x): x for x in (*ours[:4], *ours[4].values())}
+        for x in seen.values():
+            x.zero_()
+
+
 # ------------------------------------------------------------ autoreset, time limit
 
 
@@ -339,17 +381,18 @@ class CountSyncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.parametrize("id", TENSOR_IDS)
 def test_step_never_waits_for_the_device(id: str) -> None:
-    env = make_vec(id, 4)
+    """As on an accelerator: the meta device does what they do, without values."""
+    env = make_vec(id, 4, device="meta")
     env.reset(seed=0)
-    actions = random_actions(env, 50)
+    actions = random_actions(env, 50).to("meta")
     with CountSyncs() as count:
         for action in actions.unbind():
             env.step(action)
     assert count.waits == []
     assert count.ops <= 64 * 50 + 1, f"{count.ops / 50} operations per step"
     with CountSyncs() as count:  # it would have seen one
-        bool(actions.any())
-        actions[actions > 0]
+        bool(torch.ones(4).any())
+        torch.ones(4)[torch.ones(4) > 0]
     assert len(count.waits) == 2
 
 
