@@ -290,6 +290,7 @@ class TensorSource:
         seen = env.observation_space
         seen_dtype = torch.from_numpy(np.zeros((), seen.dtype)).dtype
         self.form = (torch.Size([env.num_envs, *(seen.shape or ())]), seen_dtype)
+        self.rows = torch.Size([env.num_envs])
         self.low: Tensor | None = None
         if isinstance(space, spaces.Box):
             self.low = torch.tensor(space.low, device=env.env.device)
@@ -301,19 +302,19 @@ class TensorSource:
         obs, rewards, terminated, truncated, infos = self.face.env.step(
             actions.to(self.dtype)
         )
-        if (obs.shape, obs.dtype) != self.form:
-            shape, dtype = self.form
+        shape, dtype = self.form
+        if obs.shape != shape or obs.dtype != dtype:
             raise ValueError(
                 f"the environment gave an observation {obs.dtype} {list(obs.shape)} at "
                 f"step {len(self.steps)} of the rollout: expected {dtype} "
                 f"{list(shape)}; repair it, or its observation space"
             )
-        for name, x in (("rewards", rewards), ("terminated", terminated)):
-            if x.shape != obs.shape[:1]:
-                raise ValueError(
-                    f"the environment gave {name} {list(x.shape)}: expected "
-                    f"{list(obs.shape[:1])}, one for each copy; repair it"
-                )
+        if rewards.shape != self.rows or terminated.shape != self.rows:
+            raise ValueError(
+                f"the environment gave rewards {list(rewards.shape)} and terminated "
+                f"{list(terminated.shape)}: expected {list(self.rows)}, one for each "
+                "copy; repair it"
+            )
         dones = terminated | truncated
         totals = infos["episode_return"], infos["episode_length"]
         self.steps.append((rewards, terminated, truncated, *totals))

@@ -189,6 +189,37 @@ def test_an_imported_agent_is_the_same(name: str, critic: str, tmp_path: Path) -
     RecurrentPPO.load(tmp_path / "ours", device="cpu")  # from now on without trust
 
 
+PICTURE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("alias", "space"),
+    [
+        ("CnnLstmPolicy", PICTURE),
+        ("MultiInputLstmPolicy", spaces.Dict({"a": OBS, "b": PICTURE})),
+    ],
+)
+def test_imported_eyes(alias: str, space: Any, tmp_path: Path) -> None:
+    if alias not in RecurrentPPO.policy_aliases:
+        pytest.skip(f"{alias} is not there yet")
+    kwargs = {"n_steps": 8, "batch_size": 8, "device": "cpu", "seed": 0}
+    kwargs["policy_kwargs"] = {"lstm_hidden_size": 8}
+    theirs = ContribPPO(alias, envs(observation_space=space), **kwargs).learn(16)
+    theirs.save(tmp_path / "a")
+    ours = RecurrentPPO.load(tmp_path / "a", device="cpu", trust=True)
+    space.seed(0)
+    state = their_state = None
+    for _ in range(5):
+        obs = space.sample()
+        action, state = ours.predict(obs, state, deterministic=True)
+        expected, their_state = theirs.predict(obs, their_state, deterministic=True)
+        np.testing.assert_array_equal(action, expected)
+        for a, b in zip(state or (), their_state, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+    ours.set_env(envs(observation_space=space))
+    ours.learn(16, reset_num_timesteps=False)
+
+
 def test_the_optimiser_comes_along(tmp_path: Path) -> None:
     """One step on the same gradients leads to the same weights."""
     theirs = make(ContribPPO, envs(action_space=SPACES["box"])).learn(64)
@@ -749,7 +780,7 @@ def test_tensor_environments_that_break(fault: str) -> None:
         **FAULTS,
         "shape": r"torch.float32 \[2, 1\] at step 9 .*expected .*\[2, 2\]",
         "dtype": r"an observation torch.float64 \[2, 2\] at step 9",
-        "rewards": r"rewards \[2, 1\]: expected \[2\]",
+        "rewards": r"rewards \[2, 1\] and terminated \[2\]: expected \[2\]",
     }
     with pytest.raises(ValueError, match=messages[fault]) as error:
         make(RecurrentPPO, env).learn(64)
