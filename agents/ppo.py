@@ -527,9 +527,11 @@ class RecurrentPPO(OnPolicyAlgorithm):
                         break
                 policy.optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
-                update.grad_norms.append(
-                    nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                )
+                norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                update.grad_norms.append(norm)
+                # a fused step is left out where this is 1, without a look at it
+                left_out = 1 - norm.isfinite().to(norm.dtype)
+                policy.optimizer.found_inf = left_out  # type: ignore[attr-defined]
                 policy.optimizer.step()
             self._n_updates += 1
             if not go_on:
@@ -554,6 +556,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
         for name, value in zip(numbers, values, strict=True):
             self.logger.record(name, float(value))
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        found = dict(zip(numbers, values, strict=True))
+        if not np.isfinite(found.get("train/grad_norm", 0.0)):
+            raise ValueError(
+                f"the update diverged: the loss is {found['train/loss']:.3g}, the norm "
+                "of its gradient not finite; such steps were left out, and the agent "
+                "can be saved; lower learning_rate, or scale the rewards"
+            )
 
     def predict(
         self,

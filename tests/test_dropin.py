@@ -202,19 +202,20 @@ PICTURE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 def test_imported_eyes(alias: str, space: Any, tmp_path: Path) -> None:
     if alias not in RecurrentPPO.policy_aliases:
         pytest.skip(f"{alias} is not there yet")
-    kwargs = {"n_steps": 8, "batch_size": 8, "device": "cpu", "seed": 0}
+    kwargs: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "device": "cpu", "seed": 0}
     kwargs["policy_kwargs"] = {"lstm_hidden_size": 8}
     theirs = ContribPPO(alias, envs(observation_space=space), **kwargs).learn(16)
     theirs.save(tmp_path / "a")
     ours = RecurrentPPO.load(tmp_path / "a", device="cpu", trust=True)
     space.seed(0)
-    state = their_state = None
+    state: Any = None
+    their_state: Any = None
     for _ in range(5):
         obs = space.sample()
         action, state = ours.predict(obs, state, deterministic=True)
         expected, their_state = theirs.predict(obs, their_state, deterministic=True)
         np.testing.assert_array_equal(action, expected)
-        for a, b in zip(state or (), their_state, strict=True):
+        for a, b in zip(state, their_state, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
     ours.set_env(envs(observation_space=space))
     ours.learn(16, reset_num_timesteps=False)
@@ -785,6 +786,25 @@ def test_tensor_environments_that_break(fault: str) -> None:
     with pytest.raises(ValueError, match=messages[fault]) as error:
         make(RecurrentPPO, env).learn(64)
     assert "\n" not in str(error.value)
+
+
+def test_an_update_that_diverges_leaves_the_weights_alone() -> None:
+    """Rewards that are finite, whose returns are not."""
+
+    class Huge(Noise):
+        def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+            obs, _, over, late, info = super().step(action)
+            return obs, 3e38, over, late, info
+
+    model = make(RecurrentPPO, DummyVecEnv([Huge, Huge]))
+    before = weights(model)
+    with pytest.raises(ValueError, match="the update diverged") as error:
+        model.learn(320)
+    assert "\n" not in str(error.value)
+    assert torch.equal(weights(model), before)
+    model.set_env(envs())
+    model.learn(32, reset_num_timesteps=False)
+    assert weights(model).isfinite().all() and not torch.equal(weights(model), before)
 
 
 @pytest.mark.parametrize(
