@@ -160,7 +160,7 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         steps = max(1, min(16, block // (num_envs * max(1, draws))))
         self._offsets = offsets(steps * draws, self.device).view(steps, 1, draws)
         self._ends = (offsets(steps, self.device) * draws).view(steps, 1, 1)
-        self._ahead: list[tuple[Tensor, ...]] = []
+        self._ahead: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @abstractmethod
     def start(self, u: Float32[Tensor, "k n"]) -> State:
@@ -218,7 +218,7 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
             "episode_return": returns,
             "episode_length": lengths,
         }
-        after |= {"episode_length": lengths, "episode_return": returns}
+        after = after | {"episode_length": lengths, "episode_return": returns}
         obs, self.state = self._restart(done, u_start, final_obs, after)
         self.state["stream"] = stream
         return obs, rewards, terminated, truncated, infos

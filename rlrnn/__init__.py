@@ -66,7 +66,7 @@ def _register() -> None:
     tensor("CartPoleHiddenVelocity", "cartpole:cartpole", "cartpole:CartPole")
 
     def levels(task: str, single: str, *kwargs: dict[str, Any]) -> None:
-        """POPGym's easy, medium and hard; `single` is module and function."""
+        """Easy, medium and hard, POPGym's for its tasks; `single`: module, function."""
         for level, chosen in zip(("Easy", "Medium", "Hard"), kwargs, strict=True):
             vector = f"{single.split(':')[0]}:{task}"
             tensor(f"{task}{level}", single, vector, **chosen)
@@ -88,6 +88,19 @@ def _register() -> None:
     levels("PositionOnlyPendulum", "pendulum:position_only_pendulum", *lengths)
     noisy = "pendulum:noisy_position_only_pendulum"
     levels("NoisyPositionOnlyPendulum", noisy, *noise)
+
+    # Diagnostics: each is one thing to remember, for so long
+    corridors = {"length": 10}, {"length": 30}, {"length": 70}
+    levels("TMaze", "diagnostics:t_maze", *corridors)
+    chains = {"length": 10}, {"length": 30}, {"length": 100}
+    levels("MemoryChain", "diagnostics:memory_chain", *chains)
+    strings = (5, 10), (10, 50), (10, 200)
+    dials = [{"length": length, "delay": delay} for length, delay in strings]
+    levels("Copy", "diagnostics:copy", *dials)
+    sums = {"length": 10}, {"length": 50}, {"length": 100}
+    levels("Adding", "diagnostics:adding", *sums)
+    delays = {"delay": 5}, {"delay": 20}, {"delay": 50}
+    levels("DelayedXor", "diagnostics:delayed_xor", *delays)
 
     classic = "gymnasium.envs.classic_control"  # hidden: the velocities
     hidden("PendulumHiddenVelocity", f"{classic}:PendulumEnv", [2], 200)
