@@ -132,6 +132,7 @@ class TrainConfig:
         envs: copies that are played side by side.
         steps: to play in all, over all copies.
         eval_episodes: to judge the trained agent on.
+        eval_videos: of these, in `videos/` and W&B; the environment must render.
         agent: the agent.
         seed: of everything random.
         device: auto (the GPU if there is one), cpu or cuda.
@@ -144,6 +145,7 @@ class TrainConfig:
     envs: int = 16
     steps: int = 200_000
     eval_episodes: int = 20
+    eval_videos: int = 0
     agent: AgentConfig = field(default_factory=AgentConfig)
     seed: int = 0
     device: str = "auto"
@@ -154,6 +156,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("envs", "steps", "eval_episodes", "checkpoint_every"):
             at_least(name, getattr(self, name), 1)
+        at_least("eval_videos", self.eval_videos, 0)
         _check_common(self)
 
 

@@ -25,7 +25,6 @@ import torch
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
@@ -40,6 +39,11 @@ from rlrnn.agents.controller import (
     learned,
     load_controller,
     save_controller,
+)
+from rlrnn.agents.masking import (
+    evaluate_policy,
+    get_action_masks,
+    is_masking_supported,
 )
 from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.checkpoint import CheckpointError
@@ -336,6 +340,8 @@ def train(
     bad input, `Stopped` after SIGINT or SIGTERM.
     """
     with _threads(config.threads), _stoppable() as stopped:
+        if config.eval_videos:
+            _stage(config.env).close()  # an error now, not after the training
         env = make_envs(config.env, config.envs, config.device, config.seed)
         try:
             agent = make_agent(config.agent, env, config.seed, config.device)
@@ -366,6 +372,7 @@ def _train(
         agent.save(run.folder / "agent.zip")
         run.artifact(run.folder / "agent.zip", f"agent-{run.folder.name}", "model")
         score = _evaluate_agent(agent, config)
+        _film(agent, config, run)
         plot = plots.plot_returns(
             read_metrics(run.folder), run.folder / "returns.png", config.env
         )
@@ -403,6 +410,44 @@ def _evaluate_agent(agent: RecurrentPPO, config: TrainConfig) -> Summary:
         "length_mean": float(np.mean(lengths)),
         "episodes": len(returns),
     }
+
+
+def _stage(env: str) -> VecEnv:
+    """One copy of an environment, in which a picture can be taken."""
+    try:
+        stage = make_vec_env(env, 1, env_kwargs={"render_mode": "rgb_array"})
+        stage.reset()
+        picture, reason = stage.render(), "it gave no picture"
+    except (gymnasium.error.Error, ImportError, TypeError) as error:
+        picture, reason = None, _told(error)
+    if picture is None:
+        raise ValueError(
+            f"{env!r} cannot be filmed ({reason}): expected render_mode rgb_array; "
+            "leave eval_videos at 0"
+        )
+    return stage
+
+
+def _film(agent: RecurrentPPO, config: TrainConfig, run: Run) -> None:
+    """Pictures of the likeliest actions, an episode each."""
+    if not config.eval_videos:
+        return
+    (run.folder / "videos").mkdir(exist_ok=True)
+    stage = _stage(config.env)
+    stage.seed(seeding.derive(config.seed, "videos") >> 32)
+    masked = is_masking_supported(stage)
+    obs: Any = stage.reset()
+    for number in range(config.eval_videos):
+        film, state, done = plots.Animation(), None, False
+        while not done:
+            film.add(stage.render())
+            masks = get_action_masks(stage) if masked else None
+            actions, state = agent.predict(obs, state, None, True, masks)
+            obs, _, dones, _ = stage.step(actions)
+            done = bool(dones[0])
+        path = film.save(run.folder / "videos" / f"episode_{number}.gif")
+        run.video("eval/video", path)
+    stage.close()
 
 
 # --- fit: supervised training under a controller --------------------------------------

@@ -31,6 +31,27 @@ def plot_returns(rows: Rows, path: Path, title: str) -> Path:
     return path
 
 
+class Animation:
+    """Frames [height, width, 3] of bytes, shrunk as they come, and saved as a GIF."""
+
+    WIDTH = 320
+
+    def __init__(self) -> None:
+        self.frames: list[Any] = []
+
+    def add(self, frame: Any) -> None:
+        from PIL import Image
+
+        image = Image.fromarray(frame)
+        image.thumbnail((self.WIDTH, self.WIDTH))
+        self.frames.append(image.quantize())
+
+    def save(self, path: Path, fps: int = 30) -> Path:
+        first, *others = self.frames
+        first.save(path, save_all=True, append_images=others, duration=1000 // fps)
+        return path
+
+
 def plot_fits(fits: Mapping[str, Rows], path: Path, title: str) -> Path:
     """Loss, learning rate and truncation of runs over tokens, one colour per run."""
     figure, axes = _figure(3, 8)

@@ -218,6 +218,16 @@ class Run:
 
         self._mirror(send, vital=False)
 
+    def video(self, name: str, path: Path | str) -> None:
+        """Send an animated picture to W&B, if it is on."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({name: wandb.Video(str(path), format="gif")})
+
+        self._mirror(send, vital=False)
+
     def close(self, exit_code: int = 0) -> None:
         """Flush and end the run. Closing twice does nothing."""
         try:
