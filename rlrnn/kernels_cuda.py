@@ -478,16 +478,19 @@ def plan(cell: str, size: int, columns: int, processors: int, shared: int) -> Pl
     the compiler finds registers enough; they have not been measured.
     """
     gates, padded = GATES[cell], max(16, triton.next_power_of_2(size))
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     block = max(16, triton.next_power_of_2(triton.cdiv(columns, processors)))
     least = 4 * padded * (gates * padded + (gates + 1) * min(block, 32))
     held = padded <= 64 and least <= shared
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # Without tensor cores 64 columns take too many registers; and from 64 on Triton 3.7
+    # computes in tf32 on a B200, whatever it is told.
+    most = 64 if tf32 and not held else 32
     constants = {
         "H": size,
         "CELL": cell,
         "G": gates * size,
         "R": 2 if cell == "lstm" else 1,
-        "BLOCK": min(block, 32 if held else 64),
+        "BLOCK": min(block, most),
         "UNITS": padded if held else 64,
         "TILE": 32,
         "PRECISION": "tf32" if tf32 else "ieee",

@@ -239,11 +239,19 @@ if not INTERPRETED:
         assert done.returncode == 0 and " passed" in done.stdout, done.stdout
 
     @cells
-    @pytest.mark.parametrize("size", [24, 100])
+    @pytest.mark.parametrize(
+        ("size", "columns", "capability"),
+        [(24, 16, 90), (100, 8192, 90), (70, 8192, 100)],
+    )
     def test_compiles_for_a_device(
-        cell: Cell, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        cell: Cell,
+        size: int,
+        columns: int,
+        capability: int,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Into an H100's machine code, with the shared memory of smaller devices."""
+        """H100 and B200, with the shared memory of smaller ones, in full float32."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -252,7 +260,7 @@ if not INTERPRETED:
 
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         shared = 99 * 1024
-        plan = kernels_cuda.plan(cell, size, 16, 132, shared)
+        plan = kernels_cuda.plan(cell, size, columns, 132, shared)
         assert plan.held == (size == 24)
         for direction in ("forward", "backward"):
             kernel = getattr(
@@ -262,9 +270,9 @@ if not INTERPRETED:
             kinds |= {"starts": "*u8", "steps": "i32", "columns": "i32"}
             kinds |= {name: "constexpr" for name in plan.constants}
             source = ASTSource(kernel, signature=kinds, constexprs=plan.constants)
-            target = GPUTarget("cuda", 90, 32)
+            target = GPUTarget("cuda", capability, 32)
             binary = triton.compile(source, target=target, options=plan.options)
-            assert binary.asm["cubin"]
+            assert binary.asm["cubin"] and "tf32" not in binary.asm["ptx"]
             assert binary.metadata.shared <= shared
 
     def test_without_triton_the_loop_and_a_warning(
