@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rlrnn import compiled, kernels
+from rlrnn.agents.cores import Memoryless
 from rlrnn.recurrent import Recurrent, compiles
 
 # features [B, F], state [S, B, H], starts [B] -> outputs, latent [B, H], state
@@ -22,10 +23,12 @@ Step = Callable[
 ]
 
 
-def stepper(core: Recurrent, head: nn.Sequential) -> Step:
+def stepper(core: Recurrent | Memoryless, head: nn.Sequential) -> Step:
     """`core`, then `head`, without gradients, for as long as neither changes."""
-    if compiles(core.weights(0)[0]) and (layers := compiled.dense(head)) is not None:
-        return _Compiled(core, layers)
+    layers = compiled.dense(head)
+    if isinstance(core, Recurrent) and layers is not None:
+        if compiles(core.weights(0)[0]):
+            return _Compiled(core, layers)
 
     @torch.no_grad()
     def step(

@@ -33,6 +33,7 @@ PREFIXES = (
     ("lstm_critic.", "critic.stack."),
     ("mlp_extractor.policy_net.", "actor_mlp."),
     ("mlp_extractor.value_net.", "critic_mlp."),
+    ("vf_features_extractor.", "critic_extractor."),
 )
 # What our policies may lack, where it is as it would be without.
 USUAL: dict[str, Any] = {

@@ -8,6 +8,7 @@ one), and no method waits for the device, so parameters are not validated.
 import math
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from gymnasium import spaces
@@ -151,6 +152,103 @@ class Gaussian:
     def entropy(self, params: Float[Tensor, "*N P"]) -> Float[Tensor, "*N"]:
         log_std = params.chunk(2, -1)[1]
         return (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class StateDependent:
+    """Normals whose noise is a function of the state, for `Box`: gSDE (Raffin et al.
+    2021, "Smooth exploration for robotic reinforcement learning").
+
+    With L features h of the state an action is mean + h E. The matrix E [L, d], of
+    independent normals with `deviations`, stays for many steps: `explore`. Over all
+    E that is a normal with variance h² std²: `sample`, `log_prob` and `entropy`.
+    Parameters are d means, d logarithms of deviations, and h: P = 2d + L; see `params`.
+
+    With `squash` it is the tanh of all that, in [-1, 1].
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], features: int, squash: bool = False
+    ) -> None:
+        self.shape = shape
+        self.squash = squash
+        self.outputs = math.prod(shape)
+        self.size = 2 * self.outputs + features
+        self._normal = Gaussian((self.outputs,))
+
+    def params(
+        self,
+        mean: Float[Tensor, "*N D"],
+        features: Float[Tensor, "*N L"],
+        std: Float[Tensor, "L D"],
+    ) -> Float[Tensor, "*N P"]:
+        """No gradient goes into the features."""
+        features = features.detach()
+        variance = features.square() @ std.square() + 1e-6
+        return torch.cat((mean, 0.5 * variance.log(), features), -1)
+
+    def explore(
+        self, params: Float[Tensor, "B P"], noise: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B *shape"]:
+        """The actions under given matrices E."""
+        features = params[:, None, 2 * self.outputs :]
+        return self._action(params[:, : self.outputs] + (features @ noise)[:, 0])
+
+    def sample(
+        self, params: Float[Tensor, "*N P"], generator: torch.Generator
+    ) -> Float[Tensor, "*N_and_shape"]:
+        return self._action(self._normal.sample(self._law(params), generator))
+
+    def mode(self, params: Float[Tensor, "*N P"]) -> Float[Tensor, "*N_and_shape"]:
+        return self._action(params[..., : self.outputs])
+
+    def log_prob(
+        self, params: Float[Tensor, "*N P"], actions: Float[Tensor, "*N_and_shape"]
+    ) -> Float[Tensor, "*N"]:
+        flat = actions.reshape(*params.shape[:-1], -1)
+        if not self.squash:
+            return self._normal.log_prob(self._law(params), flat)
+        nearly = 1 - torch.finfo(flat.dtype).eps
+        x = flat.clamp(-nearly, nearly).atanh()
+        return self._normal.log_prob(self._law(params), x) - _log_slope(x).sum(-1)
+
+    def entropy(self, params: Float[Tensor, "*N P"]) -> Float[Tensor, "*N"]:
+        law = self._law(params)
+        entropy = self._normal.entropy(law)
+        if not self.squash:
+            return entropy
+        # H[tanh x] = H[x] + E[log tanh' x], the latter by Gauss-Hermite quadrature
+        mean, log_std = law.unsqueeze(-1).chunk(2, -2)
+        x = mean + log_std.exp() * law.new_tensor(_NODES)
+        slopes = _log_slope(x) @ law.new_tensor(_WEIGHTS)
+        return entropy + slopes.sum(-1)
+
+    def _law(self, params: Tensor) -> Tensor:
+        return params[..., : 2 * self.outputs]
+
+    def _action(self, flat: Tensor) -> Tensor:
+        return _shaped(flat.tanh() if self.squash else flat, self.shape)
+
+
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
+_WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
+
+
+def deviations(
+    log_std: Float[Tensor, "L _"], outputs: int, slow_above_one: bool = False
+) -> Float[Tensor, "L D"]:
+    """exp(log_std), one column for each output, or the same one for all of them.
+
+    `slow_above_one` ("expln"): for log_std > 0 it is 1 + log(1 + log_std) instead.
+    """
+    std = log_std.exp()
+    if slow_above_one:
+        std = torch.where(log_std > 0, log_std.clamp(min=0).log1p() + 1, std)
+    return std.expand(-1, outputs)
+
+
+def _log_slope(x: Tensor) -> Tensor:
+    """log tanh'(x) = log(1 - tanh² x), exact far out too."""
+    return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
 
 def distribution_for(space: spaces.Space[Any]) -> ActionDistribution:

@@ -6,19 +6,23 @@ first; this file alone splits it.
 """
 
 import math
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Never
+from typing import Any, ClassVar, Literal, Never
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
+    CombinedExtractor,
     FlattenExtractor,
+    NatureCNN,
     create_mlp,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
@@ -27,7 +31,15 @@ from torch import Tensor, nn
 from rlrnn import compiled, seeding
 from rlrnn.agents import masking
 from rlrnn.agents.acting import Step, stepper
-from rlrnn.agents.distributions import Gaussian, distribution_for
+from rlrnn.agents.cores import Dropping, Memoryless
+from rlrnn.agents.distributions import (
+    ActionDistribution,
+    Gaussian,
+    StateDependent,
+    deviations,
+    distribution_for,
+)
+from rlrnn.agents.observations import Batch, Sequences, columns, on_each
 from rlrnn.recurrent import Cell, Recurrent, together
 
 
@@ -35,19 +47,31 @@ class RecurrentPolicy(BasePolicy):
     """Features → actor and critic, each a `Recurrent`, a small MLP and a linear head.
 
     Names and defaults are those of sb3-contrib's `MlpLstmPolicy`; `cell`,
-    `initial_logits` and `seed` are ours.
+    `critic_keys`, `initial_logits` and `seed` are ours.
 
     - `net_arch`: layers after the recurrent ones, `dict(pi=[64, 64], vf=[64, 64])`; a
-      list stands for both.
+      list stands for both. Behind a `NatureCNN` there are none unless given.
+    - `use_sde`: the noise of `Box` actions depends on the state, see `StateDependent`;
+      `full_std=False`: it is as large for each action, `use_expln`: it grows slowly
+      above 1, `squash_output`: actions end in a tanh, scaled to the space.
+    - `log_std_init`: of the actions of a `Box`; one learned number per coordinate.
+    - `share_features_extractor=False`: the critic has a features extractor of its own.
+    - `optimizer_kwargs`: without them Adam has eps=1e-5, with them torch's default, as
+      in Stable-Baselines3.
     - `shared_lstm`: the critic reads the actor's output, and sends no gradient into it.
     - `enable_critic_lstm`: the critic has a recurrent network of its own. With neither,
       a linear layer takes its place, and the critic has no memory.
-    - `log_std_init`: of the actions of a `Box`; one learned number per coordinate.
-    - `optimizer_kwargs`: for `torch.optim.Adam`; eps is 1e-5 unless given.
+    - `lstm_kwargs`: `dropout` between recurrent layers, in updates.
+    - `cell`: "lstm", "gru", "rnn", or "none": a dense layer in its place, the control
+      without memory.
+    - `critic_keys`: of a `Dict` observation, what only the critic may see. Actions do
+      not depend on these keys, and `predict` does not need them.
     - `initial_logits`: what the action head says before any training, whatever it sees:
       its bias is set to them (means, for a `Box`) and its weights to zero.
     - `seed`: of the initial weights, and of the actions that `predict` draws.
     """
+
+    default_extractor: ClassVar[type[BaseFeaturesExtractor]] = FlattenExtractor
 
     def __init__(
         self,
@@ -57,16 +81,24 @@ class RecurrentPolicy(BasePolicy):
         net_arch: list[int] | dict[str, list[int]] | None = None,
         activation_fn: type[nn.Module] = nn.Tanh,
         ortho_init: bool = True,
-        log_std_init: float = 0.0,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        use_sde: bool = False,
+        log_std_init: float | int = 0.0,
+        full_std: bool = True,
+        use_expln: bool = False,
+        squash_output: bool = False,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
+        share_features_extractor: bool = True,
         normalize_images: bool = True,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         lstm_hidden_size: int = 256,
         n_lstm_layers: int = 1,
         shared_lstm: bool = False,
         enable_critic_lstm: bool = True,
-        cell: Cell = "lstm",
+        lstm_kwargs: dict[str, Any] | None = None,
+        cell: Cell | Literal["none"] = "lstm",
+        critic_keys: Sequence[str] = (),
         initial_logits: list[float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -75,62 +107,96 @@ class RecurrentPolicy(BasePolicy):
                 "shared_lstm and enable_critic_lstm are both True: expected at most "
                 "one; pass enable_critic_lstm=False to share"
             )
-        if isinstance(observation_space, (spaces.Dict, spaces.Tuple)):
+        if shared_lstm and (critic_keys or not share_features_extractor):
+            name = "critic_keys" if critic_keys else "share_features_extractor=False"
             raise ValueError(
-                f"observation space is {observation_space}: expected Box, Discrete, "
-                "MultiDiscrete or MultiBinary; wrap the environment"
+                f"shared_lstm with {name}: a critic that reads the actor's output has "
+                "no features of its own; expected shared_lstm=False"
             )
+        if squash_output and not use_sde:
+            raise ValueError("squash_output without use_sde: expected use_sde=True")
+        if use_sde and not isinstance(action_space, spaces.Box):
+            raise ValueError(
+                f"use_sde with the action space {action_space}: expected a Box; leave "
+                "use_sde out"
+            )
+        extractor = features_extractor_class or self.default_extractor
         super().__init__(
             observation_space,
             action_space,
-            features_extractor_class,
-            features_extractor_kwargs,
+            extractor,
+            {**(features_extractor_kwargs or {})},  # which Stable-Baselines3 adds to
             normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=squash_output,
         )
-        self.distribution = distribution_for(action_space)
+        self.critic_keys = tuple(critic_keys)
+        self._check_observations()
+        dropout = _dropout(lstm_kwargs, n_lstm_layers)
+        pi, vf = _layers(net_arch, extractor)
+        hidden = lstm_hidden_size
+        self.use_sde, self.use_expln = use_sde, use_expln
         self.shared_lstm = shared_lstm
-        if net_arch is None:
-            net_arch = {"pi": [64, 64], "vf": [64, 64]}
-        if isinstance(net_arch, list):
-            net_arch = {"pi": net_arch, "vf": net_arch}
-        if extra := net_arch.keys() - {"pi", "vf"}:
-            raise ValueError(f"net_arch has {sorted(extra)}: expected 'pi' and 'vf'")
-
+        self.share_features_extractor = share_features_extractor
+        self.distribution: ActionDistribution = distribution_for(action_space)
         gaussian = isinstance(self.distribution, Gaussian)
         outputs = self.distribution.size // (2 if gaussian else 1)
-        hidden = lstm_hidden_size
-        pi, vf = net_arch.get("pi", []), net_arch.get("vf", [])
+        if use_sde:
+            noisy = pi[-1] if pi else hidden
+            assert isinstance(action_space, spaces.Box)
+            self.distribution = StateDependent(action_space.shape, noisy, squash_output)
+
+        def core(inputs: int) -> Recurrent | Memoryless:
+            if cell == "none":
+                return Memoryless(inputs, hidden)
+            return Recurrent(inputs, hidden, n_lstm_layers, cell)
+
         with seeding.initialising(seed, "policy"):
-            self.features_extractor = self.make_features_extractor()
-            features = int(self.features_extractor.features_dim)
-            self.actor = Recurrent(features, hidden, n_lstm_layers, cell)
-            self.critic: Recurrent | nn.Linear | None = None
+            self.features_extractor, self.critic_extractor = self._extractors()
+            self._seen = int(self.features_extractor.features_dim)
+            features = self._seen  # of the critic
+            if self.critic_extractor is not None:
+                features = int(self.critic_extractor.features_dim)
+                features += self._seen if share_features_extractor else 0
+            self.actor = core(self._seen)
+            self.critic: nn.Module | None = None
             if enable_critic_lstm:
-                self.critic = Recurrent(features, hidden, n_lstm_layers, cell)
+                critic = core(features)
+                self.critic = critic if isinstance(critic, Recurrent) else critic.dense
             elif not shared_lstm:
                 self.critic = nn.Linear(features, hidden)
             self.actor_mlp = nn.Sequential(*create_mlp(hidden, 0, pi, activation_fn))
             self.critic_mlp = nn.Sequential(*create_mlp(hidden, 0, vf, activation_fn))
             self.action_net = nn.Linear(pi[-1] if pi else hidden, outputs)
             self.value_net = nn.Linear(vf[-1] if vf else hidden, 1)
-            # all that is behind the recurrent networks; a tuple, so not a module again
+            # all that is behind the recurrent networks; a tuple, so not a module again.
+            # State-dependent noise needs what the action head sees.
+            last = () if use_sde else (self.action_net,)
             self._heads = (
-                nn.Sequential(*self.actor_mlp, self.action_net),
+                nn.Sequential(*self.actor_mlp, *last),
                 nn.Sequential(*self.critic_mlp, self.value_net),
             )
             if ortho_init:  # gains as in Stable-Baselines3
                 for module, gain in (
                     (self.features_extractor, math.sqrt(2)),
+                    (self.critic_extractor, math.sqrt(2)),
                     (self.actor_mlp, math.sqrt(2)),
                     (self.critic_mlp, math.sqrt(2)),
                     (self.action_net, 0.01),
                     (self.value_net, 1.0),
                 ):
-                    for child in module.modules():
+                    for child in module.modules() if module is not None else ():
                         self.init_weights(child, gain)
+            cores = [c for c in (self.actor, self.critic) if isinstance(c, Recurrent)]
+            self.dropping = seeding.generator(seed, "dropout")
+            self._dropping = tuple(
+                Dropping(c, dropout, self.dropping) for c in cores if dropout
+            )
         self.log_std: nn.Parameter | None = None
         if gaussian:
-            self.log_std = nn.Parameter(torch.full((outputs,), float(log_std_init)))
+            shape = (noisy, outputs if full_std else 1) if use_sde else (outputs,)
+            self.log_std = nn.Parameter(torch.full(shape, float(log_std_init)))
         if initial_logits is not None:
             if len(initial_logits) != outputs or not np.isfinite(initial_logits).all():
                 raise ValueError(
@@ -142,14 +208,79 @@ class RecurrentPolicy(BasePolicy):
                 self.action_net.bias.copy_(torch.tensor(initial_logits))
         # an observation that is its own features
         self._plain = (
-            features_extractor_class is FlattenExtractor
+            extractor is FlattenExtractor
             and isinstance(observation_space, spaces.Box)
             and not is_image_space(observation_space)
         )
         self._actor_rows = len(self.actor.initial_state(1))
         self.generator = seeding.generator(seed, "predict")
-        adam = {"eps": 1e-5, "fused": True, **(optimizer_kwargs or {})}
-        self.optimizer = torch.optim.Adam(self.parameters(), lr_schedule(1), **adam)
+        self._noise: Tensor | None = None  # [n, L, D] that `predict` explores with
+        kwargs = dict(optimizer_kwargs or {})
+        if optimizer_class is torch.optim.Adam:
+            if optimizer_kwargs is None:
+                kwargs["eps"] = 1e-5
+            if not {"foreach", "differentiable"} & kwargs.keys():
+                kwargs.setdefault("fused", True)
+        make: Callable[..., torch.optim.Optimizer] = optimizer_class
+        self.optimizer = make(self.parameters(), lr=lr_schedule(1), **kwargs)
+
+    def _check_observations(self) -> None:
+        """Spaces that the features extractor cannot take, before it says so at length.
+
+        ValueError: what was given, what was expected.
+        """
+        space, extractor = self.observation_space, self.features_extractor_class
+        parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+        if any(isinstance(part, (spaces.Dict, spaces.Tuple)) for part in parts):
+            raise ValueError(
+                f"observation space is {space}: expected Box, Discrete, MultiDiscrete, "
+                "MultiBinary or a Dict of them; wrap the environment"
+            )
+        is_dict = isinstance(space, spaces.Dict)
+        if is_dict and extractor in (FlattenExtractor, NatureCNN):
+            raise ValueError(
+                f"observation space is {space}: expected no Dict; use "
+                "'MultiInputLstmPolicy', which takes one"
+            )
+        if extractor is CombinedExtractor and not is_dict:
+            raise ValueError(
+                f"observation space is {space}: expected a Dict; use 'MlpLstmPolicy' "
+                "or, for images, 'CnnLstmPolicy'"
+            )
+        normalized = bool(self.features_extractor_kwargs.get("normalized_image"))
+        if extractor is NatureCNN and not is_image_space(
+            space, normalized_image=normalized
+        ):
+            raise ValueError(
+                f"observation space is {space}: expected an image, uint8 in [0, 255] "
+                "with three axes; use 'MlpLstmPolicy', or normalize_images=False for "
+                "images of another type"
+            )
+        if self.critic_keys:
+            keys = set(space.spaces) if isinstance(space, spaces.Dict) else set()
+            if not set(self.critic_keys) < keys:
+                raise ValueError(
+                    f"critic_keys are {list(self.critic_keys)}: expected some keys of "
+                    f"a Dict observation, not all; it has {sorted(keys)}"
+                )
+
+    def _extractors(self) -> tuple[BaseFeaturesExtractor, BaseFeaturesExtractor | None]:
+        """The actor's, and what the critic has of its own: features of all keys, or,
+        if it shares the actor's, of the `critic_keys`.
+        """
+        make, kwargs = self.features_extractor_class, self.features_extractor_kwargs
+        space, shared = self.observation_space, self.share_features_extractor
+        if self.critic_keys:
+            assert isinstance(space, spaces.Dict)
+            hidden = {key: space[key] for key in self.critic_keys}
+            seen = {k: v for k, v in space.spaces.items() if k not in hidden}
+            extractor = make(spaces.Dict(seen), **kwargs)
+            return extractor, make(spaces.Dict(hidden) if shared else space, **kwargs)
+        extractor = make(space, **kwargs)
+        # one that learns nothing is the same for both
+        if shared or make is FlattenExtractor:
+            return extractor, None
+        return extractor, make(space, **kwargs)
 
     def initial_state(self, batch: int) -> Float[Tensor, "S B H"]:
         """The state before the first step: zeros."""
@@ -160,7 +291,7 @@ class RecurrentPolicy(BasePolicy):
 
     def evaluate_sequence(
         self,
-        obs: Shaped[Tensor, "T B *obs"],
+        obs: Sequences,
         state: Float[Tensor, "S B H"],
         starts: Bool[Tensor, "T B"],
     ) -> tuple[Float[Tensor, "T B P"], Float[Tensor, "T B"], Float[Tensor, "S B H"]]:
@@ -169,23 +300,50 @@ class RecurrentPolicy(BasePolicy):
         `starts[t, b]`: an episode of environment b begins with `obs[t, b]`.
         """
         features = self.features(obs)
+        seen, known = self._views(features)
         mine, its = self.split(state)
         actor_head, critic_head = self._heads
-        cores, heads, states = [self.actor], [actor_head], [mine]
         if isinstance(self.critic, Recurrent):
-            cores, heads = [*cores, self.critic], [*heads, critic_head]
-            states.append(its)
-        results = together(cores, heads, [features] * len(cores), states, starts)
-        means, mine, latent = results[0]
-        if isinstance(self.critic, Recurrent):
-            values, its, _ = results[1]
+            (outputs, mine, _), (values, its, _) = self._through(
+                [self.actor, self.critic],
+                [actor_head, critic_head],
+                [seen, known],
+                [mine, its],
+                starts,
+            )
         else:
-            values = critic_head(self._memoryless(features, latent))
-        return self._params(means), values.squeeze(-1), torch.cat((mine, its))
+            ((outputs, mine, latent),) = self._through(
+                [self.actor], [actor_head], [seen], [mine], starts
+            )
+            values = critic_head(self._memoryless(known, latent))
+        return self._params(outputs), values.squeeze(-1), torch.cat((mine, its))
+
+    def _through(
+        self,
+        cores: Sequence[Recurrent | Memoryless],
+        heads: Sequence[nn.Sequential],
+        xs: Sequence[Tensor],
+        states: Sequence[Tensor],
+        starts: Tensor,
+    ) -> Sequence[tuple[Tensor, Tensor, Tensor]]:
+        """`recurrent.together`, for what it does not know too."""
+        dropping = self._dropping if self.training else ()
+        recurrent = [core for core in cores if isinstance(core, Recurrent)]
+        if not dropping and len(recurrent) == len(cores):
+            return together(recurrent, heads, xs, states, starts)
+        results = []
+        for core, head, x, state in zip(
+            dropping or cores, heads, xs, states, strict=True
+        ):
+            y, after = core(x, state, starts)
+            results.append((head(y), after, y))
+        return results
 
     def threads(self) -> AbstractContextManager[None]:
         """Around an update: who has the threads of a CPU."""
         small = not list(self.features_extractor.parameters())
+        if self.critic_extractor is not None:
+            small = small and not list(self.critic_extractor.parameters())
         return compiled.undisturbed() if small else nullcontext()
 
     def stepper(self) -> Step:
@@ -193,17 +351,59 @@ class RecurrentPolicy(BasePolicy):
         to parameters, latents and state. For as long as the weights stay as they are.
         """
         step = stepper(self.actor, self._heads[0])
-        if self.log_std is None:
+        if self.log_std is None and self.critic_extractor is None:
             return step
 
         @torch.no_grad()
-        def gaussian(
+        def act(
             features: Tensor, state: Tensor, starts: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
-            means, latent, state = step(features, state, starts)
-            return self._params(means), latent, state
+            seen, _ = self._views(features)
+            outputs, latent, state = step(seen, state, starts)
+            return self._params(outputs), latent, state
 
-        return gaussian
+        return act
+
+    def sampler(
+        self, generator: torch.Generator, every: int = -1
+    ) -> Callable[[Tensor], Tensor]:
+        """Draws actions from parameters [B, P], step by step, as the weights are now.
+
+        State-dependent noise stays for `every` steps, or for good if that is negative.
+        """
+        distribution = self.distribution
+        if not isinstance(distribution, StateDependent):
+            return lambda params: distribution.sample(params, generator)
+        steps = 0
+        noise: Tensor | None = None
+
+        @torch.no_grad()
+        def explore(params: Tensor) -> Tensor:
+            nonlocal steps, noise
+            if noise is None or (every > 0 and steps % every == 0):
+                noise = self._std() * self._unit_noise(len(params), generator)
+            steps += 1
+            return distribution.explore(params, noise)
+
+        return explore
+
+    def reset_noise(self, n_envs: int = 1) -> None:
+        """With `use_sde`: new noise for the actions that `predict` draws.
+
+        That of training is the agent's: see `sampler`.
+        """
+        if not self.use_sde:
+            raise ValueError("reset_noise without use_sde: expected use_sde=True")
+        self._noise = self._unit_noise(n_envs, self.generator)
+
+    def _unit_noise(self, n: int, generator: torch.Generator) -> Tensor:
+        shape = n, *self._std().shape
+        return torch.empty(shape, device=generator.device).normal_(generator=generator)
+
+    def _std(self) -> Float[Tensor, "L D"]:
+        """Deviations of the entries of the noise matrix."""
+        assert self.log_std is not None
+        return deviations(self.log_std, self.action_net.out_features, self.use_expln)
 
     def appraise(
         self,
@@ -217,22 +417,23 @@ class RecurrentPolicy(BasePolicy):
         `latents` are what the actor made of the features: all that a shared one sees.
         """
         with torch.no_grad():
+            _, known = self._views(features)
             if isinstance(self.critic, Recurrent):
-                states = self.critic.trace(features, state, starts)
+                states = self.critic.trace(known, state, starts)
                 latents = states[:, self.critic.layers - 1]
             else:
                 states = state.expand(len(features), *state.shape)
-                latents = self._memoryless(features, latents)
+                latents = self._memoryless(known, latents)
             return self._heads[1](latents).squeeze(-1), states
 
     def value(
         self,
-        obs: Shaped[Tensor, "B *obs"],
+        obs: Batch,
         state: Float[Tensor, "S B H"],
         starts: Bool[Tensor, "B"],
     ) -> Float[Tensor, "B"]:
         """The values of `obs` seen next in `state`, which stays as it is."""
-        features = self.features(obs[None])
+        features = self.features(on_each(lambda x: x[None], obs))
         mine, its = self.split(state)
         latents = features  # what only a shared critic looks at
         if self.shared_lstm:
@@ -256,9 +457,11 @@ class RecurrentPolicy(BasePolicy):
         the policy's `generator`.
         """
         self.set_training_mode(False)
+        if isinstance(observation, dict):
+            hidden = self.critic_keys
+            observation = {k: v for k, v in observation.items() if k not in hidden}
         obs, vectorized = self.obs_to_tensor(observation)
-        assert isinstance(obs, Tensor)
-        n = len(obs)
+        n = columns(obs)
         rows = self.actor.initial_state(n)
         if state is not None:
             given = np.concatenate(state)
@@ -277,7 +480,8 @@ class RecurrentPolicy(BasePolicy):
             )
         starts = torch.tensor(np.broadcast_to(begins.ravel(), n), device=rows.device)
         with torch.no_grad():
-            latent, rows = self.actor(self.features(obs[None]), rows, starts[None])
+            seen = self.actor_features(on_each(lambda x: x[None], obs))
+            latent, rows = self.actor(seen, rows, starts[None])
             params = self.params(latent)[0].cpu()
         if action_masks is not None:
             masks = masking.as_masks(self.action_space, action_masks, n, "action_masks")
@@ -285,7 +489,9 @@ class RecurrentPolicy(BasePolicy):
         if deterministic:
             actions = self.distribution.mode(params).numpy()
         else:
-            actions = self.distribution.sample(params, self.generator).numpy()
+            actions = self._draw(params).numpy()
+        if self.squash_output:
+            actions = self.unscale_action(actions)
         if isinstance(self.action_space, spaces.Box):
             actions = np.clip(actions, self.action_space.low, self.action_space.high)
         actions = actions.astype(self.action_space.dtype)
@@ -301,23 +507,57 @@ class RecurrentPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
         """Actions [B] on the first observations of episodes."""
-        assert isinstance(observation, Tensor)
-        n = len(observation)
-        starts = torch.ones(n, dtype=torch.bool, device=self.device)
-        params, _, _ = self.evaluate_sequence(
-            observation[None], self.initial_state(n), starts[None]
-        )
-        params = params[0].cpu()
-        if deterministic:
-            return self.distribution.mode(params)
-        return self.distribution.sample(params, self.generator)
+        n = columns(observation)
+        starts = torch.ones(1, n, dtype=torch.bool, device=self.device)
+        seen = self.actor_features(on_each(lambda x: x[None], observation))
+        latent, _ = self.actor(seen, self.actor.initial_state(n), starts)
+        params = self.params(latent)[0].cpu()
+        return self.distribution.mode(params) if deterministic else self._draw(params)
 
-    def features(self, obs: Shaped[Tensor, "T B *obs"]) -> Float[Tensor, "T B F"]:
-        """Preprocessed as in Stable-Baselines3: integers become one-hot vectors."""
-        if self._plain and obs.dtype == torch.float32:
+    def _draw(self, params: Float[Tensor, "n P"]) -> Tensor:
+        """Actions for `predict`, on the CPU."""
+        if not isinstance(self.distribution, StateDependent):
+            return self.distribution.sample(params, self.generator)
+        noise = self._noise
+        if noise is None or len(noise) != len(params):
+            noise = self._noise = self._unit_noise(len(params), self.generator)
+        with torch.no_grad():
+            return self.distribution.explore(params, self._std().cpu() * noise)
+
+    def features(self, obs: Sequences) -> Float[Tensor, "T B F"]:
+        """What the networks see of `obs`: features of the actor, which the critic may
+        share, then those that the critic alone has.
+        """
+        features = self.actor_features(obs)
+        if self.critic_extractor is None:
+            return features
+        if self.share_features_extractor:
+            assert isinstance(obs, dict)
+            obs = {key: obs[key] for key in self.critic_keys}
+        return torch.cat((features, self._extract(obs, self.critic_extractor)), -1)
+
+    def actor_features(self, obs: Sequences) -> Float[Tensor, "T B F"]:
+        """What the actor sees of `obs`; `critic_keys` may be missing."""
+        if self._plain and isinstance(obs, Tensor) and obs.dtype == torch.float32:
             return obs.flatten(2)
-        features = self.extract_features(obs.flatten(0, 1), self.features_extractor)
-        return features.reshape(*obs.shape[:2], -1)
+        if isinstance(obs, dict):
+            obs = {k: v for k, v in obs.items() if k not in self.critic_keys}
+        return self._extract(obs, self.features_extractor)
+
+    def _extract(self, obs: Sequences, extractor: BaseFeaturesExtractor) -> Tensor:
+        """Preprocessed as in Stable-Baselines3: integers become one-hot vectors."""
+        one = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        flat = on_each(lambda x: x.flatten(0, 1), obs)
+        return self.extract_features(flat, extractor).reshape(*one.shape[:2], -1)
+
+    def _views(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """What the actor sees, and what the critic does."""
+        if self.critic_extractor is None:
+            return features, features
+        seen = features[..., : self._seen]
+        return seen, features if self.share_features_extractor else features[
+            ..., self._seen :
+        ]
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the actor, and those of the critic."""
@@ -327,12 +567,67 @@ class RecurrentPolicy(BasePolicy):
         """Parameters of the action distribution."""
         return self._params(self._heads[0](latent))
 
-    def _params(self, means: Tensor) -> Tensor:
-        """What the action head says, with the deviations if there are any."""
+    def _params(self, outputs: Tensor) -> Tensor:
+        """What the head says, with the deviations if there are any."""
         if self.log_std is None:
-            return means
-        return torch.cat((means, self.log_std.expand_as(means)), -1)
+            return outputs
+        if isinstance(self.distribution, StateDependent):
+            mean = self.action_net(outputs)
+            return self.distribution.params(mean, outputs, self._std())
+        return torch.cat((outputs, self.log_std.expand_as(outputs)), -1)
 
     def _memoryless(self, features: Tensor, latents: Tensor) -> Tensor:
         """What a critic without recurrence of its own looks at."""
         return latents.detach() if self.critic is None else self.critic(features)
+
+
+class CnnLstmPolicy(RecurrentPolicy):
+    """A `RecurrentPolicy` for images: its features are those of `NatureCNN`."""
+
+    default_extractor = NatureCNN
+
+
+class MultiInputLstmPolicy(RecurrentPolicy):
+    """A `RecurrentPolicy` for `Dict` observations: images go through `NatureCNN`, the
+    rest is flattened, and all lie end to end.
+    """
+
+    default_extractor = CombinedExtractor
+
+
+def _layers(
+    net_arch: Any, extractor: type[BaseFeaturesExtractor]
+) -> tuple[list[int], list[int]]:
+    """Widths of the layers behind the recurrent ones, in actor and critic."""
+    if net_arch is None:
+        net_arch = [] if extractor is NatureCNN else [64, 64]
+    if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
+        net_arch = net_arch[0]  # as before Stable-Baselines3 1.8
+    if isinstance(net_arch, list):
+        net_arch = {"pi": net_arch, "vf": net_arch}
+    if extra := net_arch.keys() - {"pi", "vf"}:
+        raise ValueError(f"net_arch has {sorted(extra)}: expected 'pi' and 'vf'")
+    return list(net_arch.get("pi", [])), list(net_arch.get("vf", []))
+
+
+def _dropout(lstm_kwargs: dict[str, Any] | None, layers: int) -> float:
+    """The one option of `nn.LSTM` that is not another architecture."""
+    given = dict(lstm_kwargs or {})
+    rate = float(given.pop("dropout", 0.0))
+    defaults: dict[str, Any] = {"bias": True, "proj_size": 0}
+    defaults |= {"batch_first": False, "bidirectional": False}
+    for name, value in given.items():
+        if name not in defaults or value != defaults[name]:
+            raise ValueError(
+                f"lstm_kwargs has {name}={value!r}: expected only 'dropout'; leave it "
+                "out"
+            )
+    if not 0 <= rate < 1:
+        raise ValueError(f"lstm_kwargs has dropout={rate}: expected 0 <= dropout < 1")
+    if rate and layers == 1:
+        warnings.warn(
+            f"lstm_kwargs has dropout={rate} and n_lstm_layers is 1: dropout is "
+            "between layers, so nothing is dropped",
+            stacklevel=2,
+        )
+    return rate

@@ -23,6 +23,7 @@ from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import (
     FloatSchedule,
@@ -35,7 +36,12 @@ from torch import Tensor, nn
 from rlrnn import checkpoint, losses, returns, seeding
 from rlrnn.agents import contrib
 from rlrnn.agents.masking import masked, possible
-from rlrnn.agents.policies import RecurrentPolicy
+from rlrnn.agents.observations import columns, infinite, on_each
+from rlrnn.agents.policies import (
+    CnnLstmPolicy,
+    MultiInputLstmPolicy,
+    RecurrentPolicy,
+)
 from rlrnn.agents.rollout import Rollout, minibatches, segment_length
 from rlrnn.agents.storage import (
     Unstorable,
@@ -69,6 +75,8 @@ SETTINGS = (
     "ent_coef",
     "vf_coef",
     "max_grad_norm",
+    "use_sde",
+    "sde_sample_freq",
     "target_kl",
     "reward_scale",
     "stats_window_size",
@@ -100,7 +108,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
-        "MlpLstmPolicy": RecurrentPolicy
+        "MlpLstmPolicy": RecurrentPolicy,
+        "CnnLstmPolicy": CnnLstmPolicy,
+        "MultiInputLstmPolicy": MultiInputLstmPolicy,
     }
     policy: RecurrentPolicy  # type: ignore[assignment]
     use_masking = True  # for calls of `collect_rollouts` outside of `learn`
@@ -123,6 +133,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
         use_sde: bool = False,
+        sde_sample_freq: int = -1,
         target_kl: float | None = None,
         reward_scale: float = 1.0,
         stats_window_size: int = 100,
@@ -133,11 +144,6 @@ class RecurrentPPO(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        if use_sde:
-            raise ValueError(
-                "use_sde is True: expected False, state-dependent exploration is not "
-                "supported; leave it out"
-            )
         counts = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
         for name, count in counts.items():
             whole = isinstance(count, (int, np.integer)) and count >= 1
@@ -170,8 +176,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
             ent_coef=ent_coef,
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,
-            use_sde=False,
-            sde_sample_freq=-1,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
             stats_window_size=stats_window_size,
             tensorboard_log=tensorboard_log,
             policy_kwargs=policy_kwargs,
@@ -199,6 +205,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             self.observation_space,
             self.action_space,
             self.lr_schedule,
+            use_sde=self.use_sde,
             **{"seed": self._entropy, **self.policy_kwargs},
         )
         assert isinstance(policy, RecurrentPolicy)
@@ -206,7 +213,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         if self.env is not None:
             self._warn_of_minibatches()
         self._last_state = self.policy.initial_state(self.n_envs)
-        self._played: list[tuple[Tensor, ...]] = []  # of a rollout that is under way
+        self._played: list[tuple[Any, ...]] = []  # of a rollout that is under way
         self.rollout_buffer = None  # type: ignore[assignment]  # nothing played yet
 
     @property
@@ -252,7 +259,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         if is_tensor_env(env):
-            return TensorVecEnv(env)
+            env = TensorVecEnv(env)
         if isinstance(env, VectorEnv):
             raise ValueError(
                 f"env is {env}, a gymnasium VectorEnv in numpy: expected a tensor "
@@ -304,29 +311,31 @@ class RecurrentPPO(OnPolicyAlgorithm):
         began = time.perf_counter()
         policy = self.policy
         policy.set_training_mode(False)
-        source = source_of(env, self.device, self.use_masking)
+        source = source_of(env, self.device, self.use_masking, policy.squash_output)
         length = segment_length(n_rollout_steps, self._minibatch)
         callback.on_rollout_start()
 
-        obs = torch.as_tensor(self._last_obs, device=self.device)  # [B, ...]
+        last_obs = self._last_obs
+        obs = on_each(lambda x: torch.as_tensor(x, device=self.device), last_obs)
         starts = torch.as_tensor(self._last_episode_starts, device=self.device)  # [B]
         mine, its = policy.split(self._last_state)
         cuts: list[Tensor] = []  # the actor's states where segments begin
-        finals: list[tuple[int, Tensor, Tensor]] = []  # step, observation, state
+        finals: list[tuple[int, Any, Tensor]] = []  # step, observations, state
         allowed: list[Tensor] = []
         self._played = played = []
         act = policy.stepper()
+        draw = policy.sampler(self._acting, self.sde_sample_freq)
 
         for t in range(n_rollout_steps):
             if t % length == 0:
                 cuts.append(mine)
             with torch.no_grad():
-                features = policy.features(obs[None])[0]
+                features = policy.features(on_each(lambda x: x[None], obs))[0]
                 params, latent, mine = act(features, mine, starts)
                 if (masks := source.masks()) is not None:
                     allowed.append(masks)
                     params = masked(policy.distribution, params, masks)
-                actions = policy.distribution.sample(params, self._acting)
+                actions = draw(params)
             played.append((obs, actions, starts, params, features, latent))
             step = source.step(actions)
             if step.final_obs is not None:
@@ -345,7 +354,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
                     "n_rollout_steps": n_rollout_steps,
                     "obs_tensor": played[-1][0],
                     "actions": HostArray(actions),
-                    "new_obs": HostArray(obs),
+                    "new_obs": on_each(HostArray, obs),
                     "rewards": step.rewards,
                     "dones": step.dones,
                     "infos": step.infos,
@@ -355,9 +364,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 self._last_state, self._played = self._state_now(), []
                 return False
 
-        obs_, actions_, starts_, params_, features_, latents_ = map(
-            torch.stack, zip(*played, strict=True)
-        )
+        seen, *others = zip(*played, strict=True)
+        obs_ = on_each(lambda *x: torch.stack(x), *seen)  # [T, B, ...]
+        actions_, starts_, params_, features_, latents_ = map(torch.stack, others)
         self._played = []
         # The critic does not act: it goes over what was played in one pass.
         values_, its_ = policy.appraise(features_, latents_, its, starts_)
@@ -366,7 +375,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             log_probs_ = policy.distribution.log_prob(params_, actions_)
             last_values = policy.value(obs, self._last_state, starts)
         masks_ = torch.stack(allowed) if allowed else None
-        faults = self._faults(torch.cat((obs_, obs[None])), masks_, finals)
+        faults = self._faults(obs_, obs, masks_, finals)
         earned = source.earned(faults)  # the one look at the device
         if earned.faults.any():
             self._refuse(earned.faults)
@@ -374,9 +383,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
         if finals:
             when = [t for t, _, _ in finals]
             state = torch.cat((torch.stack([s for _, _, s in finals]), its_[when]), 1)
-            seen = torch.cat([o for _, o, _ in finals])  # [n·B, ...]
-            going_on = starts.new_zeros(len(seen))
-            worth = policy.value(seen, state.transpose(0, 1).flatten(1, 2), going_on)
+            last = on_each(lambda *x: torch.cat(x), *(o for _, o, _ in finals))
+            going_on = starts.new_zeros(columns(last))  # [n·B]
+            worth = policy.value(last, state.transpose(0, 1).flatten(1, 2), going_on)
             finals_[when] = worth.reshape(len(when), -1)
         following = returns.next_values(
             values_, last_values, earned.terminated, earned.truncated, finals_
@@ -417,22 +426,19 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def _faults(
         self,
-        obs: Tensor,
+        obs: Any,
+        last_obs: Any,
         masks: Tensor | None,
-        finals: list[tuple[int, Tensor, Tensor]],
+        finals: list[tuple[int, Any, Tensor]],
     ) -> Tensor:
-        """What is wrong with observations [T + 1, B, ...] and masks: `FAULTS` [T, B].
+        """What is wrong with observations [T, B, ...] and masks: `FAULTS` [T, B].
 
         Over a whole rollout at once: step by step it would cost more than 1 %.
         """
-        faults = torch.zeros(obs.shape[0] - 1, obs.shape[1], dtype=torch.int64)
-        faults = faults.to(obs.device)
-        if obs.is_floating_point():
-            bad = ~obs.isfinite().flatten(2).all(-1)  # [T + 1, B]
-            faults += bad[:-1]
-            faults[-1] += 8 * bad[-1]
-            for t, final, _ in finals:
-                faults[t] |= 8 * ~final.isfinite().flatten(1).all(-1)
+        faults = infinite(obs, 2).long()
+        faults[-1] += 8 * infinite(last_obs, 1)
+        for t, final, _ in finals:
+            faults[t] |= 8 * infinite(final, 1)
         if masks is not None:
             faults += 2 * ~possible(self.action_space, masks)
         return faults
@@ -462,9 +468,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         if not self._played:
             return self._last_state
         _, its = self.policy.split(self._last_state)
-        _, _, starts, _, features, latents = map(
-            torch.stack, zip(*self._played, strict=True)
-        )
+        _, *others = zip(*self._played, strict=True)
+        _, starts, _, features, latents = map(torch.stack, others)
         _, states = self.policy.appraise(features, latents, its, starts)
         return torch.cat((self._mine, states[-1]))
 
@@ -599,6 +604,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 "acting": self._acting.get_state(),
                 "shuffling": self._shuffling.get_state(),
                 "predict": self.policy.generator.get_state(),
+                "dropout": self.policy.dropping.get_state(),
                 "action_space": self.action_space.np_random.bit_generator.state,
             },
             "num_timesteps": self.num_timesteps,
@@ -628,8 +634,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
             (self._acting, "acting"),
             (self._shuffling, "shuffling"),
             (self.policy.generator, "predict"),
+            (self.policy.dropping, "dropout"),
         ):
-            given = generators[name].cpu()
+            given = generators.get(name, torch.empty(0)).cpu()
             if given.shape == generator.get_state().shape:  # else of another device
                 generator.set_state(given)
         self.action_space.np_random.bit_generator.state = generators["action_space"]
@@ -676,9 +683,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         missing: list[str] = []
         for name in SETTINGS:
             if name == "policy":
-                value: Any = self.policy_class
-                if value is RecurrentPolicy:
-                    value = "MlpLstmPolicy"
+                names = {made: name for name, made in self.policy_aliases.items()}
+                value: Any = names.get(self.policy_class, self.policy_class)
             elif name == "stats_window_size":
                 value = self._stats_window_size
             else:
@@ -906,21 +912,23 @@ def _with_suffix(path: Any) -> Any:
 
 def _statistics(normalize: VecNormalize) -> dict[str, Any]:
     """The running statistics of a VecNormalize, as arrays."""
-    running = {"ret": normalize.ret_rms}
+
+    def moments(r: RunningMeanStd) -> dict[str, Any]:
+        return {"mean": np.asarray(r.mean), "var": np.asarray(r.var), "count": r.count}
+
+    result = {"ret": moments(normalize.ret_rms), "returns": normalize.returns.copy()}
     if normalize.norm_obs:
-        running["obs"] = normalize.obs_rms  # type: ignore[assignment]
-    result: dict[str, Any] = {
-        key: {"mean": np.asarray(r.mean), "var": np.asarray(r.var), "count": r.count}
-        for key, r in running.items()
-    }
-    return {**result, "returns": normalize.returns.copy()}
+        result["obs"] = on_each(moments, normalize.obs_rms)
+    return result
 
 
 def _restore_statistics(normalize: VecNormalize, tree: dict[str, Any]) -> None:
-    running = {"ret": normalize.ret_rms}
+
+    def restore(r: RunningMeanStd, moments: dict[str, Any]) -> None:
+        r.mean, r.var, r.count = (moments[k] for k in ("mean", "var", "count"))
+
+    restore(normalize.ret_rms, tree["ret"])
     if normalize.norm_obs and "obs" in tree:
-        running["obs"] = normalize.obs_rms  # type: ignore[assignment]
-    for key, r in running.items():
-        r.mean, r.var, r.count = (tree[key][k] for k in ("mean", "var", "count"))
+        on_each(restore, normalize.obs_rms, tree["obs"])
     if tree["returns"].shape == normalize.returns.shape:
         normalize.returns = tree["returns"]

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from rlrnn.agents.observations import Sequences, on_each
+
 
 class Minibatch(NamedTuple):
     """N segments of L steps, each with the recurrent state it began in."""
 
-    obs: Shaped[Tensor, "L N *obs"]
+    obs: Sequences
     actions: Shaped[Tensor, "L N *action"]
     starts: Bool[Tensor, "L N"]
     values: Float[Tensor, "L N"]
@@ -45,7 +47,7 @@ class Rollout:
     which actions were allowed, if the environment does.
     """
 
-    obs: Shaped[Tensor, "T B *obs"]
+    obs: Sequences
     actions: Shaped[Tensor, "T B *action"]
     starts: Bool[Tensor, "T B"]
     values: Float[Tensor, "T B"]
@@ -63,7 +65,7 @@ class Rollout:
             return x.reshape(cuts, -1, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
 
         return Minibatch(
-            cut(self.obs),
+            on_each(cut, self.obs),
             cut(self.actions),
             cut(self.starts),
             cut(self.values),
@@ -85,6 +87,8 @@ def minibatches(
     length, count = segments.starts.shape
     order = torch.randperm(count, generator=generator, device=generator.device)
     for chosen in torch.split(order, max(batch_size // length, 1)):
-        yield Minibatch(
-            *(x if x is None else x.index_select(1, chosen) for x in segments)  # type: ignore[arg-type]
-        )
+        parts = [
+            x if x is None else on_each(lambda y, c=chosen: y.index_select(1, c), x)
+            for x in segments
+        ]
+        yield Minibatch(*parts)  # type: ignore[arg-type]

@@ -4,19 +4,25 @@ Spaces, schedules and network classes are written by name from a fixed list. Wha
 on it, a function of one's own, cannot be stored: `Unstorable` says so.
 """
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.torch_layers import (
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+)
 from stable_baselines3.common.utils import (
     ConstantSchedule,
     FloatSchedule,
     LinearSchedule,
 )
-from torch import nn
+from torch import nn, optim
 
-CLASSES: dict[str, type[nn.Module]] = {
+CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (
         nn.Tanh,
@@ -27,6 +33,13 @@ CLASSES: dict[str, type[nn.Module]] = {
         nn.LeakyReLU,
         nn.Identity,
         FlattenExtractor,
+        NatureCNN,
+        CombinedExtractor,
+        optim.Adam,
+        optim.AdamW,
+        optim.RMSprop,
+        optim.SGD,
+        RMSpropTFLike,
     )
 }
 
@@ -91,7 +104,11 @@ def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
         case spaces.MultiDiscrete():
             return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
         case spaces.MultiBinary():
-            return {"type": "MultiBinary", "shape": list(space.shape)}
+            n = space.n  # MultiBinary(5) is not equal to MultiBinary([5])
+            return {"type": "MultiBinary", "shape": n if isinstance(n, int) else [*n]}
+        case spaces.Dict():
+            parts = [[key, encode_space(part)] for key, part in space.spaces.items()]
+            return {"type": "Dict", "parts": parts}
     raise Unstorable(f"{space} cannot be stored")
 
 
@@ -104,6 +121,9 @@ def decode_space(tree: dict[str, Any]) -> spaces.Space[Any]:
             return spaces.Discrete(n)
         case {"type": "MultiDiscrete", "nvec": list() as nvec}:
             return spaces.MultiDiscrete(nvec)
-        case {"type": "MultiBinary", "shape": list() as shape}:
+        case {"type": "MultiBinary", "shape": int() | list() as shape}:
             return spaces.MultiBinary(shape)
+        case {"type": "Dict", "parts": list() as parts}:
+            # in this order: a plain dict would be sorted
+            return spaces.Dict(OrderedDict((k, decode_space(p)) for k, p in parts))
     raise ValueError(f"the file describes an unknown space: {str(tree)[:80]}")

@@ -7,6 +7,7 @@ Stable-Baselines3 expects; a source steps either kind for the training loop.
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
@@ -23,6 +24,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 from torch import Tensor
 
 from rlrnn.agents import masking
+from rlrnn.agents.observations import Batch, on_each, parts
 
 Episode = dict[str, Any]  # {"r": return, "l": length, "t": seconds}, as Monitor has it
 
@@ -50,11 +52,11 @@ class TensorVecEnv(VecEnv):
             env.num_envs, env.single_observation_space, env.single_action_space
         )
 
-    def reset(self) -> NDArray[Any]:
+    def reset(self) -> Any:
         obs, infos = self.env.reset(seed=self._seeds[0])  # the vector has one seed
         self.mask = infos.get("action_mask")
         self._reset_seeds()
-        return _numpy(obs)
+        return on_each(_numpy, obs)
 
     def step_async(self, actions: NDArray[Any]) -> None:
         actions = np.asarray(actions, self.action_space.dtype)
@@ -62,26 +64,26 @@ class TensorVecEnv(VecEnv):
 
     def step_wait(
         self,
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], list[dict[str, Any]]]:
+    ) -> tuple[Any, NDArray[Any], NDArray[Any], list[dict[str, Any]]]:
         obs, rewards, terminated, truncated, infos = self.env.step(self._actions)
         self.mask = infos.get("action_mask")
         dones = _numpy(terminated | truncated)
         described = self.describe(dones, truncated & ~terminated, infos)
-        return _numpy(obs), _numpy(rewards), dones, described
+        return on_each(_numpy, obs), _numpy(rewards), dones, described
 
     def describe(
-        self, dones: NDArray[Any], truncated: Tensor, infos: dict[str, Tensor]
+        self, dones: NDArray[Any], truncated: Tensor, infos: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """One step's infos as Stable-Baselines3 has them: a dict for each copy."""
         described: list[dict[str, Any]] = [
             {"TimeLimit.truncated": bool(flag)} for flag in _numpy(truncated)
         ]
         if dones.any():
-            final = _numpy(infos["final_obs"])
+            final = on_each(_numpy, infos["final_obs"])
             returns = _numpy(infos["episode_return"])
             lengths = _numpy(infos["episode_length"])
             for i in np.flatnonzero(dones):
-                described[i]["terminal_observation"] = final[i]
+                described[i]["terminal_observation"] = on_each(itemgetter(i), final)
                 described[i]["episode"] = self.episode(
                     float(returns[i]), int(lengths[i])
                 )
@@ -152,9 +154,9 @@ class Step(NamedTuple):
     `rewards`, `dones` and `infos` are what callbacks see: as a `VecEnv` has them.
     """
 
-    obs: Shaped[Tensor, "B *obs"]
+    obs: Batch
     starts: Bool[Tensor, "B"]
-    final_obs: Shaped[Tensor, "B *obs"] | None
+    final_obs: Batch | None
     rewards: Any
     dones: Any
     infos: Any
@@ -208,7 +210,7 @@ class HostInfos(Sequence[dict[str, Any]]):
         face: TensorVecEnv,
         dones: HostArray,
         ends: tuple[Tensor, Tensor],
-        tensors: dict[str, Tensor],
+        tensors: dict[str, Any],
     ) -> None:
         self.face, self.dones, self.ends = face, dones, ends
         self.tensors = tensors
@@ -265,31 +267,44 @@ class Source(Protocol):
         ...
 
 
-def source_of(env: VecEnv, device: torch.device, use_masking: bool = True) -> Source:
+def source_of(
+    env: VecEnv,
+    device: torch.device,
+    use_masking: bool = True,
+    squashed: bool = False,
+) -> Source:
+    """`squashed`: actions come in [-1, 1], whatever the bounds of their space."""
     if isinstance(env, TensorVecEnv):
         if env.env.device.type != device.type:
             raise ValueError(
                 f"env is on {env.env.device}, the agent on {device}: expected one "
                 "device for both; pass the environment's to the agent"
             )
-        return TensorSource(env, use_masking)
-    return NumpySource(env, device, use_masking)
+        return TensorSource(env, use_masking, squashed)
+    return NumpySource(env, device, use_masking, squashed)
 
 
 class TensorSource:
     """Nothing here waits for the device before `earned`."""
 
-    def __init__(self, env: TensorVecEnv, use_masking: bool = True) -> None:
+    def __init__(
+        self, env: TensorVecEnv, use_masking: bool = True, squashed: bool = False
+    ) -> None:
         self.face = env
+        self.squashed = squashed
         self.masked = use_masking and env.has_attr(masking.METHOD)
         self.groups = masking.choices(env.action_space) if self.masked else []
         self.truncates = env.env.metadata.get("truncates") is not False
         self.steps: list[tuple[Tensor, ...]] = []
         space = env.action_space
         self.dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
-        seen = env.observation_space
-        seen_dtype = torch.from_numpy(np.zeros((), seen.dtype)).dtype
-        self.form = (torch.Size([env.num_envs, *(seen.shape or ())]), seen_dtype)
+        self.forms = {
+            key: (
+                torch.Size([env.num_envs, *(part.shape or ())]),
+                torch.from_numpy(np.zeros((), part.dtype)).dtype,
+            )
+            for key, part in parts(env.observation_space)
+        }
         self.rows = torch.Size([env.num_envs])
         self.low: Tensor | None = None
         if isinstance(space, spaces.Box):
@@ -298,17 +313,21 @@ class TensorSource:
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
         if self.low is not None:
+            if self.squashed:
+                actions = self.low + 0.5 * (actions + 1) * (self.high - self.low)
             actions = torch.clamp(actions, self.low, self.high)
         obs, rewards, terminated, truncated, infos = self.face.env.step(
             actions.to(self.dtype)
         )
-        shape, dtype = self.form
-        if obs.shape != shape or obs.dtype != dtype:
-            raise ValueError(
-                f"the environment gave an observation {obs.dtype} {list(obs.shape)} at "
-                f"step {len(self.steps)} of the rollout: expected {dtype} "
-                f"{list(shape)}; repair it, or its observation space"
-            )
+        for key, x in parts(obs):
+            shape, dtype = self.forms[key]
+            if x.shape != shape or x.dtype != dtype:
+                named = f"{key} {x.dtype}".strip()
+                raise ValueError(
+                    f"the environment gave an observation {named} {list(x.shape)} at "
+                    f"step {len(self.steps)} of the rollout: expected {dtype} "
+                    f"{list(shape)}; repair it, or its observation space"
+                )
         if rewards.shape != self.rows or terminated.shape != self.rows:
             raise ValueError(
                 f"the environment gave rewards {list(rewards.shape)} and terminated "
@@ -362,9 +381,14 @@ class NumpySource:
     """Any `VecEnv`. What the policy does not need stays on the host."""
 
     def __init__(
-        self, env: VecEnv, device: torch.device, use_masking: bool = True
+        self,
+        env: VecEnv,
+        device: torch.device,
+        use_masking: bool = True,
+        squashed: bool = False,
     ) -> None:
         self.env = env
+        self.squashed = squashed
         self.masked = use_masking and masking.is_masking_supported(env)
         if self.masked:
             masking.choices(env.action_space)  # says which spaces have masks
@@ -376,13 +400,18 @@ class NumpySource:
         self.successes: list[Any] = []
         self.none = np.zeros(env.num_envs, bool)
         self.space = env.action_space
-        self.seen = env.observation_space
-        self.shape = (env.num_envs, *(self.seen.shape or ()))
+        self.shapes = {
+            key: (env.num_envs, *(part.shape or ()))
+            for key, part in parts(env.observation_space)
+        }
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
         played = actions.cpu().numpy()
         if isinstance(self.space, spaces.Box):
-            played = np.clip(played, self.space.low, self.space.high)
+            low, high = self.space.low, self.space.high
+            if self.squashed:
+                played = low + 0.5 * (played + 1) * (high - low)
+            played = np.clip(played, low, high)
         try:
             obs, rewards, dones, infos = self.env.step(
                 played.astype(self.space.dtype, copy=False)
@@ -391,9 +420,9 @@ class NumpySource:
             if "broadcast" not in str(error):
                 raise
             raise self._misfit(f"does not fit ({error})") from error  # DummyVecEnv
-        assert isinstance(obs, np.ndarray)
-        if obs.shape != self.shape or obs.dtype.kind not in "biuf":
-            raise self._misfit(f"is {obs.dtype} {list(obs.shape)}")
+        for key, x in parts(obs):
+            if x.shape != self.shapes.get(key) or x.dtype.kind not in "biuf":
+                raise self._misfit(f"{key or 'is'} {x.dtype} {list(x.shape)}")
         truncated, final_obs = self.none, None
         if dones.any():
             truncated, final_obs = self._ended(obs, dones, infos)
@@ -401,7 +430,7 @@ class NumpySource:
         self.dones.append(dones.copy())
         self.truncated.append(truncated)
         # copies: a VecEnv may write into its arrays again
-        seen = torch.from_numpy(obs.copy()).to(self.device)
+        seen = on_each(lambda x: torch.from_numpy(x.copy()).to(self.device), obs)
         starts = torch.from_numpy(self.dones[-1]).to(self.device)
         # these very rewards are learned from: a callback may change them in place
         return Step(seen, starts, final_obs, self.rewards[-1], dones, infos)
@@ -416,13 +445,13 @@ class NumpySource:
     def _misfit(self, what: str) -> ValueError:
         return ValueError(
             f"an observation {what} at step {len(self.rewards)} of the rollout: "
-            f"expected {self.seen.dtype} {list(self.shape)} for {self.seen}; repair "
-            "the environment, or its observation space"
+            f"expected {self.env.num_envs} of {self.env.observation_space}; repair the "
+            "environment, or its observation space"
         )
 
     def _ended(
-        self, obs: NDArray[Any], dones: NDArray[Any], infos: Sequence[dict[str, Any]]
-    ) -> tuple[NDArray[Any], Tensor | None]:
+        self, obs: Any, dones: NDArray[Any], infos: Sequence[dict[str, Any]]
+    ) -> tuple[NDArray[Any], Batch | None]:
         """Who was truncated, and the observations before their resets."""
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         truncated &= dones
@@ -433,10 +462,15 @@ class NumpySource:
                 self.successes.append(info["is_success"])
         if not truncated.any():
             return truncated, None
-        final = obs.copy()
-        for i in map(int, np.flatnonzero(truncated)):
-            final[i] = infos[i]["terminal_observation"]
-        return truncated, torch.tensor(final, device=self.device)
+        ended = np.flatnonzero(truncated)
+
+        def final(now: NDArray[Any], *last: Any) -> Tensor:
+            now = now.copy()
+            now[ended] = last
+            return torch.from_numpy(now).to(self.device)
+
+        lasts = [infos[int(i)]["terminal_observation"] for i in ended]
+        return truncated, on_each(final, obs, *lasts)
 
     def earned(self, faults: Int[Tensor, "T B"]) -> Earned:
         dones, truncated = np.stack(self.dones), np.stack(self.truncated)

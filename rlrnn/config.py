@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rlrnn.recurrent import Cell
 from rlrnn.tasks import (
@@ -15,6 +15,8 @@ from rlrnn.tasks import (
 )
 from rlrnn.tracking import Mode
 from rlrnn.training import TrainingConfig
+
+AgentCell = Literal[Cell, "none"]
 
 
 def _check_common(config: Any) -> None:
@@ -65,7 +67,7 @@ class AgentConfig:
     """The recurrent agent and its PPO (Schulman et al. 2017).
 
     Args:
-        cell: lstm, gru or rnn.
+        cell: lstm, gru or rnn; none is the control without memory.
         hidden_size: units of a recurrent layer.
         layers: recurrent layers.
         shared: the critic reads the actor's recurrent output.
@@ -85,7 +87,7 @@ class AgentConfig:
             without it.
     """
 
-    cell: Cell = "lstm"
+    cell: AgentCell = "lstm"
     hidden_size: int = 64
     layers: int = 1
     shared: bool = False
@@ -104,7 +106,7 @@ class AgentConfig:
     reward_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        one_of("agent.cell", self.cell, Cell)
+        one_of("agent.cell", self.cell, AgentCell)
         for name in ("hidden_size", "layers", "n_steps", "batch_size", "n_epochs"):
             at_least(f"agent.{name}", getattr(self, name), 1)
         for width in self.net_arch:

@@ -352,13 +352,15 @@ def test_minibatches_cover_every_step_once(batch_size: int) -> None:
     found = []
     batches = list(minibatches(rollout.segments(), batch_size, generator))
     for batch in batches:
+        assert isinstance(batch.obs, Tensor)
         assert batch.obs.numel() <= max(batch_size, length)
         assert torch.equal(batch.obs, batch.obs[0] + B * torch.arange(length)[:, None])
         assert torch.equal(batch.state[1, :, 2], batch.obs[0].float())
         assert torch.equal(batch.returns, batch.actions.float())
         found.append(batch.obs.flatten())
     assert torch.equal(torch.cat(found).sort().values, number.flatten())
-    assert all(b.obs.numel() == batches[0].obs.numel() for b in batches[:-1])
+    sizes = [b.starts.numel() for b in batches]
+    assert all(size == sizes[0] for size in sizes[:-1])
 
 
 class Inspect(BaseCallback):
@@ -422,6 +424,7 @@ def test_an_index_never_leaks_into_another_column() -> None:
     def look(model: RecurrentPPO) -> None:
         rollout = model.rollout_buffer
         scale = model.reward_scale
+        assert isinstance(rollout.obs, Tensor)
         index, t = rollout.obs[..., 0], rollout.obs[..., 1]
         assert torch.equal(index, torch.arange(3.0).expand(16, 3))
         assert torch.equal(rollout.starts, t == 0)
@@ -469,6 +472,7 @@ def test_truncation_is_valued_with_the_state_before_the_reset(kind: str) -> None
 
     def look(model: RecurrentPPO) -> None:
         rollout, policy = model.rollout_buffer, model.policy
+        assert isinstance(rollout.obs, Tensor)
         reward = 0.0 if kind == "numpy" else 1.0
         no = torch.zeros(2, dtype=torch.bool)
         with torch.no_grad():
@@ -608,7 +612,7 @@ def test_episode_statistics(kind: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_sde": True}, "use_sde is True"),
+        ({"use_sde": True}, "only be used with continuous actions"),
         ({"n_steps": 0}, "n_steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],

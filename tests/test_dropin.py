@@ -295,7 +295,7 @@ def pickled(value: Any) -> str:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"squash_output": True}, "squash_output=True"),
+        ({"lstm_kwargs": {"bias": False}}, "lstm_kwargs has bias=False"),
         ({"lstm_hidden_size": 9}, "of another policy"),
     ],
 )
