@@ -111,6 +111,8 @@ def _register() -> None:
         999,
     )
     hidden("AcrobotHiddenVelocity", f"{classic}:AcrobotEnv", [4, 5], 500)
+    lander = "gymnasium.envs.box2d.lunar_lander:LunarLander"  # needs gymnasium[box2d]
+    hidden("LunarLanderHiddenVelocity", lander, [2, 3, 5], 1000)
 
     register("rlrnn/Tuning-v0", entry_point="rlrnn.envs.tuning:TuningEnv")
 
