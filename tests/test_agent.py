@@ -384,7 +384,7 @@ def ratio_error(model: RecurrentPPO) -> float:
     generator = torch.Generator().manual_seed(0)
     segments = model.rollout_buffer.segments()
     with torch.no_grad():
-        for batch in minibatches(segments, model.batch_size, generator):
+        for batch in minibatches(segments, model._minibatch, generator):
             params, values, _ = policy.evaluate_sequence(
                 batch.obs, batch.state, batch.starts
             )
@@ -661,7 +661,9 @@ def test_collection_and_update_look_at_the_device_once_each(
     for module in ("recurrent", "agents.acting"):
         monkeypatch.setattr(f"rlrnn.{module}.compiles", lambda x: False)
     monkeypatch.setattr(TensorSource, "_may_truncate", lambda self, truncated: True)
-    model = agent(tensor_env(max_episode_steps=7))
+    env = tensor_env(max_episode_steps=7)
+    env._may_read = False
+    model = agent(env)
     model.learn(64)  # everything lazy has happened
     _, callback = model._setup_learn(64)
     syncs = Syncs()

@@ -277,6 +277,9 @@ def test_masks_of_tensors_stay_on_the_device(
     assert model.env is not None
     model.collect_rollouts(model.env, callback, None, model.n_steps)
     assert looks == ["cpu", "numpy"]  # the one of a rollout
+    looks.clear()
+    model.train()
+    assert looks == ["cpu", "numpy"]  # and that of an update
 
 
 @pytest.mark.parametrize("kind", ["numpy", "tensor"])
