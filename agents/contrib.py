@@ -159,7 +159,7 @@ def load_parameters(
 ) -> None:
     """Put their weights, and what their Adam remembers of each, into our policy."""
     own = policy.state_dict()
-    # aliases, unless actor and critic look with different eyes
+    # without the aliases of an extractor that actor and critic share
     kept = {
         name: _ours(name)
         for name in weights

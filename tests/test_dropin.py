@@ -192,6 +192,7 @@ def test_an_imported_agent_is_the_same(name: str, critic: str, tmp_path: Path) -
 PICTURE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
     ("alias", "space"),
     [
@@ -199,11 +200,12 @@ PICTURE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
         ("MultiInputLstmPolicy", spaces.Dict({"a": OBS, "b": PICTURE})),
     ],
 )
-def test_imported_eyes(alias: str, space: Any, tmp_path: Path) -> None:
-    if alias not in RecurrentPPO.policy_aliases:
-        pytest.skip(f"{alias} is not there yet")
+def test_imported_eyes(alias: str, space: Any, shared: bool, tmp_path: Path) -> None:
     kwargs: dict[str, Any] = {"n_steps": 8, "batch_size": 8, "device": "cpu", "seed": 0}
-    kwargs["policy_kwargs"] = {"lstm_hidden_size": 8}
+    kwargs["policy_kwargs"] = {
+        "lstm_hidden_size": 8,
+        "share_features_extractor": shared,
+    }
     theirs = ContribPPO(alias, envs(observation_space=space), **kwargs).learn(16)
     theirs.save(tmp_path / "a")
     ours = RecurrentPPO.load(tmp_path / "a", device="cpu", trust=True)
@@ -217,8 +219,34 @@ def test_imported_eyes(alias: str, space: Any, tmp_path: Path) -> None:
         np.testing.assert_array_equal(action, expected)
         for a, b in zip(state, their_state, strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)
+    adam, their_adam = ours.policy.optimizer, theirs.policy.optimizer
+    for name, p in theirs.policy.named_parameters():
+        mine = dict(ours.policy.named_parameters())[our_name(name)]
+        torch.testing.assert_close(mine, p)
+        torch.testing.assert_close(
+            adam.state[mine]["exp_avg"], their_adam.state[p]["exp_avg"]
+        )
     ours.set_env(envs(observation_space=space))
     ours.learn(16, reset_num_timesteps=False)
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_imported_state_dependent_exploration(squash: bool, tmp_path: Path) -> None:
+    kwargs = {**SMALL, "squash_output": squash, "full_std": not squash}
+    env = envs(action_space=SPACES["box"])
+    theirs = make(
+        ContribPPO, env, use_sde=True, sde_sample_freq=4, policy_kwargs=kwargs
+    )
+    theirs.learn(64).save(tmp_path / "a")
+    ours = RecurrentPPO.load(tmp_path / "a", device="cpu", trust=True)
+    assert ours.use_sde and ours.sde_sample_freq == 4
+    obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    action, _ = ours.predict(obs, deterministic=True)
+    expected, _ = theirs.predict(obs, deterministic=True)
+    np.testing.assert_allclose(action, expected, atol=1e-5)
+    torch.testing.assert_close(ours.policy.log_std, theirs.policy.log_std)
+    ours.set_env(env)
+    ours.learn(32, reset_num_timesteps=False)
 
 
 def test_the_optimiser_comes_along(tmp_path: Path) -> None:
