@@ -1,6 +1,17 @@
 """Agents with memory, trained by Stable-Baselines3's `learn` and used by `predict`."""
 
-from rlrnn.agents.policies import RecurrentPolicy
+from rlrnn.agents.policies import (
+    CnnLstmPolicy,
+    MlpLstmPolicy,
+    MultiInputLstmPolicy,
+    RecurrentPolicy,
+)
 from rlrnn.agents.ppo import RecurrentPPO
 
-__all__ = ["RecurrentPPO", "RecurrentPolicy"]
+__all__ = [
+    "CnnLstmPolicy",
+    "MlpLstmPolicy",
+    "MultiInputLstmPolicy",
+    "RecurrentPPO",
+    "RecurrentPolicy",
+]

@@ -554,10 +554,8 @@ class RecurrentPolicy(BasePolicy):
         """What the actor sees, and what the critic does."""
         if self.critic_extractor is None:
             return features, features
-        seen = features[..., : self._seen]
-        return seen, features if self.share_features_extractor else features[
-            ..., self._seen :
-        ]
+        seen, own = features[..., : self._seen], features[..., self._seen :]
+        return seen, features if self.share_features_extractor else own
 
     def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of the actor, and those of the critic."""
@@ -579,6 +577,9 @@ class RecurrentPolicy(BasePolicy):
     def _memoryless(self, features: Tensor, latents: Tensor) -> Tensor:
         """What a critic without recurrence of its own looks at."""
         return latents.detach() if self.critic is None else self.critic(features)
+
+
+MlpLstmPolicy = RecurrentPolicy
 
 
 class CnnLstmPolicy(RecurrentPolicy):
