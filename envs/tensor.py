@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
-from gymnasium.spaces import Space
+from gymnasium.spaces import Box, Discrete, MultiDiscrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float32, Int64
@@ -106,8 +106,10 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
     | `episode_length` | [B]      | steps of the episode so far, with this step       |
 
     `truncated` is set after `max_episode_steps` steps, unless the task `terminated`.
-    Nothing in `step` waits for an accelerator. So actions are checked for shape, dtype
-    and device, not for their values: those must lie in `single_action_space`.
+    Actions must lie in `single_action_space`. They are checked for shape, dtype and
+    device; for their values on a CPU only, where that takes 2 µs (1,024 copies), as
+    nothing in `step` waits for an accelerator. There a wrong value goes unseen, or ends
+    in an error of the device. Finite numbers beyond the bounds of a `Box` are clipped.
 
     `reset(seed=s)` gives copy i the episodes of (s, i), the same for every `num_envs`;
     `reset()` starts new episodes further along the same streams. All that changes is
@@ -309,6 +311,30 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
                 f"actions are {given}, expected {self._action_dtype} "
                 f"{list(self._action_shape)} on {self.device}: convert them"
             )
+        if self._may_read and not self._all_allowed(actions):
+            allowed = self._allowed(actions)
+            row = int((~allowed).view(self.num_envs, -1).any(dim=1).int().argmax())
+            raise ValueError(
+                f"actions[{row}] is {actions[row].tolist()}, expected a member of "
+                f"{self.single_action_space}"
+            )
+
+    def _all_allowed(self, actions: Tensor) -> bool:
+        """As `_allowed`, of all at once and in few operations."""
+        if isinstance(self.single_action_space, Discrete):
+            low, high = actions.aminmax()
+            return 0 <= int(low) and int(high) < int(self.single_action_space.n)
+        if isinstance(self.single_action_space, Box):
+            return math.isfinite(actions.sum().item())
+        return bool(self._allowed(actions).all())
+
+    def _allowed(self, actions: Tensor) -> Bool[Tensor, "*any"]:
+        space = self.single_action_space
+        if isinstance(space, Box):
+            return actions.isfinite()
+        assert isinstance(space, Discrete | MultiDiscrete)
+        sizes = torch.as_tensor(space.n if isinstance(space, Discrete) else space.nvec)
+        return (actions >= 0) & (actions < sizes)
 
 
 def _form(value: object) -> str:

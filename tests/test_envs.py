@@ -1,6 +1,7 @@
 """The environments: both faces, the same randomness, and what the tasks promise."""
 
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -664,6 +665,30 @@ def test_errors() -> None:
     for make in (lambda: CartPole(0), lambda: RepeatPrevious(2, k=52)):
         with pytest.raises(ValueError, match="give at least 1|choose k from 1 to 51"):
             make()
+
+
+@pytest.mark.parametrize("id", TENSOR_IDS)
+def test_values_of_actions(id: str) -> None:
+    """One that is no member of the space is named; the state stays as it was."""
+    env = make_vec(id, 5)
+    env.reset(seed=0)
+    before, space = env.state_dict(), env.single_action_space
+    good = random_actions(env, 1)[0]
+    if isinstance(space, Box):
+        wrong = [math.nan, math.inf, -math.inf]
+        env.step(torch.full_like(good, 1e6))  # is clipped
+        env.load_state_dict(before)
+    else:
+        assert isinstance(space, Discrete | MultiDiscrete)
+        wrong = [-1, int(space.n if isinstance(space, Discrete) else space.nvec[-1])]
+    for value in wrong:
+        actions = good.clone()
+        actions.view(5, -1)[3, -1] = value
+        row = re.escape(f"actions[3] is {actions[3].tolist()}, expected a member of")
+        with pytest.raises(ValueError, match=row):
+            env.step(actions)
+    assert all(torch.equal(env.state[key], before[key]) for key in before)
+    env.step(good)
 
 
 def test_errors_of_the_single_face() -> None:
