@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
-# Recompiled for another H, not for other T or B.
+# Recompiled for another H, not for another T; for another B if its tiles are others.
 _jit = triton.jit(do_not_specialize=["steps", "columns"])
 
 
