@@ -40,6 +40,7 @@ from rlrnn.agents.distributions import (
     distribution_for,
 )
 from rlrnn.agents.observations import Batch, Sequences, columns, on_each
+from rlrnn.moments import RunningMoments
 from rlrnn.recurrent import Cell, Recurrent, together
 
 
@@ -66,6 +67,9 @@ class RecurrentPolicy(BasePolicy):
       without memory.
     - `critic_keys`: of a `Dict` observation, what only the critic may see. Actions do
       not depend on these keys, and `predict` does not need them.
+    - `norm_obs`: the networks see observations minus their mean, in standard
+      deviations, of all that was learned from so far. Both are part of the policy,
+      which takes observations as they come.
     - `initial_logits`: what the action head says before any training, whatever it sees:
       its bias is set to them (means, for a `Box`) and its weights to zero.
     - `seed`: of the initial weights, and of the actions that `predict` draws.
@@ -99,6 +103,7 @@ class RecurrentPolicy(BasePolicy):
         lstm_kwargs: dict[str, Any] | None = None,
         cell: Cell | Literal["none"] = "lstm",
         critic_keys: Sequence[str] = (),
+        norm_obs: bool = False,
         initial_logits: list[float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -212,6 +217,14 @@ class RecurrentPolicy(BasePolicy):
             and isinstance(observation_space, spaces.Box)
             and not is_image_space(observation_space)
         )
+        self.seen: RunningMoments | None = None
+        if norm_obs:
+            if not self._plain:
+                raise ValueError(
+                    f"norm_obs is True and the observations are {observation_space}: "
+                    "expected a Box of numbers; leave norm_obs out"
+                )
+            self.seen = RunningMoments(int(self.features_extractor.features_dim))
         self._actor_rows = len(self.actor.initial_state(1))
         self.generator = seeding.generator(seed, "predict")
         self._noise: Tensor | None = None  # [n, L, D] that `predict` explores with
@@ -338,6 +351,12 @@ class RecurrentPolicy(BasePolicy):
             y, after = core(x, state, starts)
             results.append((head(y), after, y))
         return results
+
+    def take_in(self, obs: Sequences) -> None:
+        """Count them for `norm_obs`. It changes what the networks see from now on."""
+        if self.seen is not None:
+            assert isinstance(obs, Tensor)
+            self.seen.update(obs.flatten(2).flatten(0, 1))
 
     def threads(self) -> AbstractContextManager[None]:
         """Around an update: who has the threads of a CPU."""
@@ -539,7 +558,8 @@ class RecurrentPolicy(BasePolicy):
     def actor_features(self, obs: Sequences) -> Float[Tensor, "T B F"]:
         """What the actor sees of `obs`; `critic_keys` may be missing."""
         if self._plain and isinstance(obs, Tensor) and obs.dtype == torch.float32:
-            return obs.flatten(2)
+            flat = obs.flatten(2)
+            return flat if self.seen is None else self.seen.normalize(flat)
         if isinstance(obs, dict):
             obs = {k: v for k, v in obs.items() if k not in self.critic_keys}
         return self._extract(obs, self.features_extractor)

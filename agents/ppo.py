@@ -57,6 +57,7 @@ from rlrnn.agents.vector import (
     is_tensor_env,
     source_of,
 )
+from rlrnn.moments import RunningMoments
 
 AnyEnv = GymEnv | VectorEnv[Any, Any, Any]
 
@@ -79,6 +80,7 @@ SETTINGS = (
     "sde_sample_freq",
     "target_kl",
     "reward_scale",
+    "norm_reward",
     "stats_window_size",
     "tensorboard_log",
     "policy_kwargs",
@@ -101,7 +103,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
     generators of random, numpy and torch are not touched.
 
     What is learned is `reward_scale` times the reward, best such that values are of the
-    order of 1; the episode statistics are of the rewards as they come.
+    order of 1; `norm_reward` finds such a scale: rewards in standard deviations of the
+    discounted sum of rewards so far (as `VecNormalize` has it, but on the device). The
+    episode statistics are of the rewards as they come.
 
     Learning rate and clip ranges are numbers or functions of the remaining progress,
     which runs from 1 to 0.
@@ -136,6 +140,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         sde_sample_freq: int = -1,
         target_kl: float | None = None,
         reward_scale: float = 1.0,
+        norm_reward: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -193,6 +198,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.normalize_advantage = normalize_advantage
         self.target_kl = target_kl
         self.reward_scale = reward_scale
+        self.norm_reward = norm_reward
         if _init_setup_model:
             self._setup_model()
 
@@ -213,6 +219,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         if self.env is not None:
             self._warn_of_minibatches()
         self._last_state = self.policy.initial_state(self.n_envs)
+        self._spread = RunningMoments().to(self.device)  # of discounted returns
+        self._returns = torch.zeros(self.n_envs, device=self.device)
         self._played: list[tuple[Any, ...]] = []  # of a rollout that is under way
         self.rollout_buffer = None  # type: ignore[assignment]  # nothing played yet
 
@@ -391,7 +399,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             values_, last_values, earned.terminated, earned.truncated, finals_
         )
         advantages = returns.gae(
-            self.reward_scale * earned.rewards,
+            self._scaled(earned.rewards, earned.terminated | earned.truncated),
             values_,
             following,
             earned.terminated | earned.truncated,
@@ -459,6 +467,16 @@ class RecurrentPPO(OnPolicyAlgorithm):
             f"{when}): nothing was learned from it; repair the environment"
         )
 
+    def _scaled(self, rewards: Tensor, dones: Tensor) -> Tensor:
+        """Rewards [T, B] as they are learned from."""
+        if self.norm_reward:
+            totals = returns.running(rewards, dones, self._returns, self.gamma)
+            self._returns = totals[-1].masked_fill(dones[-1], 0.0)
+            self._spread.update(totals.flatten())
+            rewards = rewards * torch.rsqrt(self._spread.var + 1e-8)
+            rewards = rewards.clamp(-10.0, 10.0)
+        return self.reward_scale * rewards
+
     def _state_now(self) -> Tensor:
         """The recurrent state [S, B, H], within a rollout too.
 
@@ -477,6 +495,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """Some epochs of clipped policy gradient over what was played last."""
         began = time.perf_counter()
         self._train()
+        self.policy.take_in(self.rollout_buffer.obs)
         seconds = time.perf_counter() - began
         steps = self.rollout_buffer.starts.numel()
         self.logger.record("time/update_fps", int(steps / seconds))
@@ -618,6 +637,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
             "last_starts": self._last_episode_starts,
             "last_state": self._state_now(),
             "last_mask": env.mask if isinstance(env, TensorVecEnv) else None,
+            "spread": dict(self._spread.state_dict()),
+            "returns": self._returns,
             "normalize": None if normalize is None else _statistics(normalize),
         }
 
@@ -642,6 +663,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.action_space.np_random.bit_generator.state = generators["action_space"]
         self.num_timesteps = tree["num_timesteps"]
         self._n_updates = tree["n_updates"]
+        if "spread" in tree:
+            self._spread.load_state_dict(tree["spread"])
         self._current_progress_remaining = tree["progress_remaining"]
         if tree["learning"]:
             window = self._stats_window_size
@@ -660,6 +683,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             self._last_obs = tree["last_obs"]
             self._last_episode_starts = tree["last_starts"]
             self._last_state = tree["last_state"].to(self.device)
+            self._returns = tree["returns"].to(self.device)
         else:
             self._last_obs = None  # `learn` will reset
             if self.env is not None and self.seed is not None:

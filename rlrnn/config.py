@@ -85,6 +85,7 @@ class AgentConfig:
         max_grad_norm: above which gradients are scaled down.
         reward_scale: what the agent's rewards are multiplied by; returns are reported
             without it.
+        normalize: observations and rewards, by what has been seen so far.
     """
 
     cell: AgentCell = "lstm"
@@ -104,6 +105,7 @@ class AgentConfig:
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
     reward_scale: float = 1.0
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         one_of("agent.cell", self.cell, AgentCell)

@@ -249,6 +249,7 @@ def make_agent(
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm,
         reward_scale=config.reward_scale,
+        norm_reward=config.normalize,
         policy_kwargs={
             "cell": config.cell,
             "lstm_hidden_size": config.hidden_size,
@@ -256,6 +257,7 @@ def make_agent(
             "shared_lstm": config.shared,
             "enable_critic_lstm": not config.shared,
             "net_arch": config.net_arch,
+            "norm_obs": config.normalize,
             **kwargs,
         },
         seed=seed,

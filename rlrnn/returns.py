@@ -54,3 +54,22 @@ def gae(
         advantage = torch.addcmul(delta, keep, advantage)
         advantages.append(advantage)
     return torch.stack(advantages[::-1])
+
+
+def running(
+    rewards: Float[Tensor, "T B"],
+    dones: Bool[Tensor, "T B"],
+    before: Float[Tensor, "B"],
+    gamma: float,
+) -> Float[Tensor, "T B"]:
+    """Discounted sums of what an episode has earned so far, from `before` on.
+
+    G_t = gamma * G_{t-1} + r_t     (G_{t-1} = 0 where an episode ended)
+    """
+    carry = gamma * (~dones).to(rewards.dtype)
+    sums, weight = [], torch.full_like(before, gamma)
+    for reward, next_weight in zip(rewards, carry, strict=True):
+        before = torch.addcmul(reward, weight, before)
+        sums.append(before)
+        weight = next_weight
+    return torch.stack(sums)

@@ -264,6 +264,39 @@ def test_acting_equals_learning(variant: dict[str, Any]) -> None:
     torch.testing.assert_close(end, torch.cat((mine, its)))
 
 
+def test_norm_obs_is_the_same_as_normalising_outside() -> None:
+    """Of the observations of earlier rollouts; a saved agent takes them as they come."""
+    model = agent(tensor_env(), policy_kwargs={"norm_obs": True}, norm_reward=True)
+    obs: list[Tensor] = []
+    for _ in range(3):
+        seen = model.policy.seen
+        assert seen is not None
+        if obs:
+            whole = torch.cat(obs)
+            torch.testing.assert_close(seen.mean, whole.mean(0))
+            torch.testing.assert_close(seen.var, whole.var(0, correction=0))
+        model.learn(model.n_steps * model.n_envs, reset_num_timesteps=False)
+        obs.append(model.rollout_buffer.obs.flatten(0, 1))
+    scale = torch.rsqrt(model._spread.var + 1e-8)
+    rewards = torch.ones(2, model.n_envs)
+    done = torch.zeros(2, model.n_envs, dtype=torch.bool)
+    found = model._scaled(rewards, done)
+    torch.testing.assert_close(
+        found, torch.rsqrt(model._spread.var + 1e-8).expand_as(found)
+    )
+    assert not torch.equal(scale, torch.rsqrt(model._spread.var + 1e-8))
+    buffer = io.BytesIO()
+    model.save(buffer)
+    again = RecurrentPPO.load(io.BytesIO(buffer.getvalue()))
+    look = np.ones((2, 2), np.float32)
+    for mine, its in zip(
+        model.predict(look, deterministic=True),
+        again.predict(look, deterministic=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mine, its)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_compiled_step_equals_torch(
     variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrnn.returns import gae, next_values
+from rlrnn.returns import gae, next_values, running
 
 T, B = 12, 5
 
@@ -132,3 +132,18 @@ def test_nothing_crosses_the_end_of_an_episode() -> None:
     after = _advantages(case, 0.99, 0.95)
     assert torch.equal(before[:6, 1], after[:6, 1])
     assert not torch.equal(before[6:, 1], after[6:, 1])
+
+
+def test_running_sums_are_a_loop_and_start_anew_after_the_end() -> None:
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(9, 3, generator=g, dtype=torch.float64)
+    dones = torch.rand(9, 3, generator=g) < 0.3
+    before = torch.randn(3, generator=g, dtype=torch.float64)
+    found = running(rewards, dones, before, 0.9)
+    for b in range(3):
+        total = float(before[b])
+        for t in range(9):
+            total = 0.9 * total + float(rewards[t, b])
+            assert float(found[t, b]) == pytest.approx(total)
+            if dones[t, b]:
+                total = 0.0
