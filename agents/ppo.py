@@ -139,8 +139,6 @@ class RecurrentPPO(OnPolicyAlgorithm):
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         target_kl: float | None = None,
-        reward_scale: float = 1.0,
-        norm_reward: bool = False,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -148,6 +146,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
         seed: int | None = None,
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
+        *,
+        reward_scale: float = 1.0,
+        norm_reward: bool = False,
     ) -> None:
         counts = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
         for name, count in counts.items():

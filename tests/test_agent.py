@@ -276,7 +276,9 @@ def test_norm_obs_is_the_same_as_normalising_outside() -> None:
             torch.testing.assert_close(seen.mean, whole.mean(0))
             torch.testing.assert_close(seen.var, whole.var(0, correction=0))
         model.learn(model.n_steps * model.n_envs, reset_num_timesteps=False)
-        obs.append(model.rollout_buffer.obs.flatten(0, 1))
+        seen_now = model.rollout_buffer.obs
+        assert isinstance(seen_now, Tensor)
+        obs.append(seen_now.flatten(0, 1))
     scale = torch.rsqrt(model._spread.var + 1e-8)
     rewards = torch.ones(2, model.n_envs)
     done = torch.zeros(2, model.n_envs, dtype=torch.bool)
