@@ -195,8 +195,7 @@ def outer(a: Array, b: Array, threads: int) -> Array:
     """a.T @ b for a [M, G] and b [M, D]."""
     # not by BLAS, numpy's or torch's, whose own threads would take the cores
     if b.shape[1] < 16:
-        narrow: Array = kernels.few(b, a).T.copy()
-        return narrow
+        return np.ascontiguousarray(kernels.few(b, a).T)
     if a.shape[1] < 16:
         return kernels.few(a, b)
     out: Array = np.empty((1, a.shape[1], b.shape[1]), a.dtype)

@@ -27,7 +27,7 @@ from rlrnn.envs.pendulum import (
     NoisyPositionOnlyPendulum,
     PositionOnlyPendulum,
 )
-from rlrnn.envs.tensor import TensorVectorEnv, normal, uniform
+from rlrnn.envs.tensor import TensorVectorEnv, normal
 
 LEVELS = ["Easy", "Medium", "Hard"]
 TASKS = [
