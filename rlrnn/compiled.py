@@ -194,12 +194,13 @@ def pack(weight: Array, transposed: bool = True) -> Array:
 def outer(a: Array, b: Array, threads: int) -> Array:
     """a.T @ b for a [M, G] and b [M, D]."""
     # not by BLAS, numpy's or torch's, whose own threads would take the cores
-    if b.shape[1] < 16:
-        return np.ascontiguousarray(kernels.few(b, a).T)
-    if a.shape[1] < 16:
-        return kernels.few(a, b)
     out: Array = np.empty((1, a.shape[1], b.shape[1]), a.dtype)
-    kernels.outer(a[None], b[None], out, threads)
+    if b.shape[1] < 16:
+        out[0] = kernels.few(b, a).T
+    elif a.shape[1] < 16:
+        out[0] = kernels.few(a, b)
+    else:
+        kernels.outer(a[None], b[None], out, threads)
     return out[0]
 
 

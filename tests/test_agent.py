@@ -265,7 +265,7 @@ def test_acting_equals_learning(variant: dict[str, Any]) -> None:
 
 
 def test_norm_obs_is_the_same_as_normalising_outside() -> None:
-    """By what came in earlier rollouts; a saved agent takes observations as they are."""
+    """By what came in earlier rollouts; a saved agent takes raw observations."""
     model = agent(tensor_env(), policy_kwargs={"norm_obs": True}, norm_reward=True)
     obs: list[Tensor] = []
     for _ in range(3):
