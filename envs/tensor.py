@@ -26,7 +26,6 @@ from rlrnn.seeding import derive
 
 State = dict[str, Tensor]
 Infos = dict[str, Tensor]
-STATISTICS = "episode_length", "episode_return"
 
 # ---------------------------------------------------------------- random numbers
 # Number j of copy i is mix(stream_i + j·GAMMA): no generator, no order of evaluation,
@@ -220,46 +219,38 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
             "episode_return": returns,
             "episode_length": lengths,
         }
-        after = after | {"episode_length": lengths, "episode_return": returns}
-        obs, self.state = self._restart(done, u_start, final_obs, after)
-        self.state["stream"] = stream
+        rows = done.nonzero().view(-1) if self._may_read else None
+        obs = final_obs
+        if rows is None or len(rows):
+            obs, after = self._restart(done, rows, u_start, final_obs, after)
+        self.state = after | {
+            "stream": stream,
+            "episode_length": lengths.masked_fill(done, 0),
+            "episode_return": returns.masked_fill(done, 0.0),
+        }
         return obs, rewards, terminated, truncated, infos
 
     def _restart(
         self,
         done: Bool[Tensor, "B"],
+        rows: Int64[Tensor, "k"] | None,
         u: Float32[Tensor, "B n"],
         final_obs: Tensor,
         after: State,
     ) -> tuple[Tensor, State]:
-        """Observation and state, with a first one where an episode is done.
+        """Observation and state, with the first ones where an episode is done.
 
-        Where it costs little to know which rows those are, they alone are made.
+        Where it costs little to know which `rows` those are, they alone are made.
         """
-        if self._may_read:
-            rows = done.nonzero()[:, 0]
-            if len(rows) == 0:  # the user has these, and may write to them
-                own = {key: after[key].clone() for key in STATISTICS}
-                return final_obs, after | own
-            u = u[rows]
+        fresh = self.start(u if rows is None else u.index_select(0, rows))
 
         def put(new: Tensor, old: Tensor) -> Tensor:
-            if self._may_read:
-                return old.index_copy(0, rows, new)
-            return torch.where(done.view(-1, *[1] * (new.ndim - 1)), new, old)
+            if rows is None:
+                return torch.where(done.view(-1, *[1] * (new.ndim - 1)), new, old)
+            return old.index_copy(0, rows, new)
 
-        fresh = self._fresh(u)
         state = {key: put(value, after[key]) for key, value in fresh.items()}
         return put(self.observe(fresh), final_obs), state
-
-    def _fresh(self, u: Float32[Tensor, "k n"]) -> State:
-        """`start`, with its statistics."""
-        zeros = torch.zeros(len(u), device=self.device, dtype=torch.float32)
-        return {
-            "episode_length": zeros.long(),
-            "episode_return": zeros,
-            **self.start(u),
-        }
 
     def _draw(self, stream: Int64[Tensor, "B 1"]) -> tuple[Tensor, ...]:
         """Numbers for `start` and for `advance`, and the stream after them.
@@ -295,7 +286,13 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
 
     def _first_state(self, stream: Int64[Tensor, "B 1"]) -> State:
         u, _, stream = self._draw(stream)
-        return {"stream": stream, **self._fresh(u)}
+        zeros = torch.zeros(self.num_envs, device=self.device, dtype=torch.float32)
+        return {
+            "stream": stream,
+            "episode_length": zeros.long(),
+            "episode_return": zeros,
+            **self.start(u),
+        }
 
     def _check(self, actions: Tensor) -> None:
         if not (
