@@ -194,14 +194,14 @@ def pack(weight: Array, transposed: bool = True) -> Array:
 def outer(a: Array, b: Array, threads: int) -> Array:
     """a.T @ b for a [M, G] and b [M, D]."""
     # not by BLAS, numpy's or torch's, whose own threads would take the cores
-    out: Array = np.empty((1, a.shape[1], b.shape[1]), a.dtype)
+    out = np.empty((a.shape[1], b.shape[1]), a.dtype)
     if b.shape[1] < 16:
-        out[0] = kernels.few(b, a).T
+        out[:] = kernels.few(b, a).T
     elif a.shape[1] < 16:
-        out[0] = kernels.few(a, b)
+        out[:] = kernels.few(a, b)
     else:
-        kernels.outer(a[None], b[None], out, threads)
-    return out[0]
+        kernels.outer(a[None], b[None], out[None], threads)
+    return out
 
 
 # --------------------------------------------------------------------- several of them
