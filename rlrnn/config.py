@@ -86,6 +86,8 @@ class AgentConfig:
         reward_scale: what the agent's rewards are multiplied by; returns are reported
             without it.
         normalize: observations and rewards, by what has been seen so far.
+        use_sde: exploration that depends on the state, for continuous actions.
+        sde_sample_freq: steps after which its noise is drawn anew; -1 once per rollout.
     """
 
     cell: AgentCell = "lstm"
@@ -106,6 +108,8 @@ class AgentConfig:
     max_grad_norm: float = 0.5
     reward_scale: float = 1.0
     normalize: bool = False
+    use_sde: bool = False
+    sde_sample_freq: int = -1
 
     def __post_init__(self) -> None:
         one_of("agent.cell", self.cell, AgentCell)

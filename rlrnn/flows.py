@@ -250,6 +250,8 @@ def make_agent(
         max_grad_norm=config.max_grad_norm,
         reward_scale=config.reward_scale,
         norm_reward=config.normalize,
+        use_sde=config.use_sde,
+        sde_sample_freq=config.sde_sample_freq,
         policy_kwargs={
             "cell": config.cell,
             "lstm_hidden_size": config.hidden_size,
