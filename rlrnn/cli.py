@@ -1,4 +1,4 @@
-"""The command line: `rlrnn train | fit | tune | evaluate | demo`.
+"""The command line: `rlrnn train | fit | tune | evaluate | play | demo`.
 
 Exit codes: 0 done; 2 bad input, with one line that says what to do; 130 and 143
 stopped by SIGINT and SIGTERM, after saving; anything else is our mistake.
@@ -37,6 +37,7 @@ usage: rlrnn COMMAND [options]
   fit        a recurrent model on sequences, under a controller of rate and truncation
   tune       a controller: the agent, playing training runs
   evaluate   a finished run: rlrnn evaluate RUN
+  play       an environment in the terminal, yourself or by a run's agent
   demo       all of it, in a few minutes
 
   rlrnn COMMAND --help           every option, with its default
@@ -344,6 +345,22 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _play(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="rlrnn play",
+        description="Show an environment in the terminal, and play it.",
+    )
+    parser.add_argument("id", metavar="ID", nargs="?", help="of an environment")
+    parser.add_argument("--agent", metavar="RUN", help="let this run's agent play")
+    parser.add_argument("--steps", type=int, default=100, help="default: 100")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    options = parser.parse_args(arguments)
+    from rlrnn.play import play
+
+    play(options.id, options.agent, options.steps, options.seed)
+    return 0
+
+
 def _demo(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="rlrnn demo",
@@ -383,9 +400,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _flow(command, rest)
         if command == "evaluate":
             return _evaluate(rest)
+        if command == "play":
+            return _play(rest)
         if command == "demo":
             return _demo(rest)
-        commands = [*FLOWS, "evaluate", "demo"]
+        commands = [*FLOWS, "evaluate", "play", "demo"]
         raise UsageError(
             f"unknown command {command!r}: expected {', '.join(commands)}"
             + _nearest(command, commands)

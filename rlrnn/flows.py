@@ -23,6 +23,7 @@ import gymnasium
 import numpy as np
 import torch
 import yaml
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
@@ -206,12 +207,7 @@ def run_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
 
 def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> VecEnv:
     """`copies` of an environment as SB3 takes them: tensor-native ones on `device`."""
-    try:
-        spec = gymnasium.spec(env)
-    except (gymnasium.error.Error, ImportError) as error:
-        close = difflib.get_close_matches(env, gymnasium.registry, 1, 0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"unknown environment {env!r}: {_told(error)}{hint}") from None
+    spec = _spec(env)
     try:
         if spec.vector_entry_point is not None and env.startswith("rlrnn/"):
             vector = gymnasium.make_vec(
@@ -224,6 +220,24 @@ def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> Ve
         return make_vec_env(env, copies, seed=seed)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"cannot make {env!r}: {_told(error)}") from None
+
+
+def make_env(env: str) -> gymnasium.Env[Any, Any]:
+    """One copy, as gymnasium has it."""
+    _spec(env)
+    try:
+        return gymnasium.make(env)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise ValueError(f"cannot make {env!r}: {_told(error)}") from None
+
+
+def _spec(env: str) -> EnvSpec:
+    try:
+        return gymnasium.spec(env)
+    except (gymnasium.error.Error, ImportError) as error:
+        close = difflib.get_close_matches(env, gymnasium.registry, 1, 0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"unknown environment {env!r}: {_told(error)}{hint}") from None
 
 
 def _told(error: Exception) -> str:
