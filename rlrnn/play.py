@@ -212,7 +212,7 @@ def _overview() -> Iterator[str]:
                 f"[{name}](#{kind.__name__.lower()})",
                 _space(env.single_observation_space),
                 _space(env.single_action_space),
-                *_stated(kind, name.removeprefix(kind.__name__).lower()),
+                *stated(kind, name.removeprefix(kind.__name__).lower()),
             ]
             yield f"| {' | '.join(cells)} |"
 
@@ -233,7 +233,7 @@ def _space(space: Any) -> str:
     return str(space)
 
 
-def _stated(kind: type[TensorVectorEnv], level: str) -> tuple[str, str]:
+def stated(kind: type[TensorVectorEnv], level: str) -> tuple[str, str]:
     """Best return and memoryless ceiling of a level, as the docstring has them."""
     doc = inspect.cleandoc(kind.__doc__ or "")
     rows = [[c.strip() for c in r.split("|")[1:-1]] for r in doc.splitlines()]
