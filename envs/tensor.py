@@ -10,7 +10,7 @@ everyone else: one copy, in numpy.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, no_type_check
 
 import gymnasium
 import numpy as np
@@ -20,6 +20,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float32, Int64
+from numba import njit
 from torch import Tensor
 
 from rlrnn.seeding import derive
@@ -64,13 +65,38 @@ def uniform(
     They are multiples of 2^-24. `(u * m).long()` is a fair integer below m for any
     m ≪ 2^24, and never m itself: (1 - 2^-24)·m rounds down in float32.
     """
-    counters = stream + offsets
-    return _uniform(counters), counters[:, -1:]
+    return _numbers(stream, offsets.view(1, 1, -1))[0], stream + offsets[-1:]
+
+
+def _numbers(
+    stream: Int64[Tensor, "B 1"], offsets: Int64[Tensor, "T 1 n"]
+) -> Float32[Tensor, "T B n"]:
+    """Those of T steps; on a CPU compiled, ten times as fast as torch's operations."""
+    if stream.device.type != "cpu":
+        return _uniform(stream + offsets)
+    shape = len(offsets), len(stream), offsets.shape[2]
+    u = torch.empty(shape, dtype=torch.float32)
+    _compiled_uniform(stream.numpy(), offsets.numpy(), u.numpy())
+    return u
 
 
 def _uniform(counters: Int64[Tensor, "*any"]) -> Float32[Tensor, "*any"]:
     top = _mix(counters) >> 40  # signed: -2^23 ... 2^23 - 1
     return torch.add(_HALF, top, alpha=2**-24)
+
+
+@no_type_check
+@njit(nogil=True, cache=True)
+def _compiled_uniform(stream, offsets, u):
+    """u[t, i, j] = `_uniform` of stream[i, 0] + offsets[t, 0, j], in one go."""
+    for t in range(u.shape[0]):
+        for i in range(u.shape[1]):
+            for j in range(u.shape[2]):
+                x = np.uint64(stream[i, 0] + offsets[t, 0, j])
+                x = (x ^ (x >> np.uint64(27))) * np.uint64(0x3C79AC492BA7B653)
+                x = (x ^ (x >> np.uint64(33))) * np.uint64(0x1C69B3F74AC4AE35)
+                top = np.float32(np.int64(x) >> 40)
+                u[t, i, j] = np.float32(0.5) + top * np.float32(2**-24)
 
 
 def normal(u: Float32[Tensor, "*any"]) -> Float32[Tensor, "*any"]:
@@ -154,13 +180,15 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         self.device = torch.empty(0, device=device).device  # "cuda" is now "cuda:0"
         self.state: State = {}
         self._may_read = self.device.type == "cpu"  # elsewhere it would have to wait
-        self._draws = [self.start_draws, self.step_draws]
-        # Drawn for many steps in one go, where that fits a cache, or saves launches
-        draws = sum(self._draws)
-        block = 2**15 if self._may_read else 2**20
-        steps = max(1, min(16, block // (num_envs * max(1, draws))))
-        self._offsets = offsets(steps * draws, self.device).view(steps, 1, draws)
+        draws = self.start_draws + self.step_draws
+        # Drawn for many steps in one go, which takes hardly longer than for one
+        steps = max(1, min(16, 2**20 // (num_envs * max(1, draws))))
+        numbers = offsets(steps * draws, self.device).view(steps, 1, draws)
+        self._start_offsets = numbers[..., : self.start_draws].contiguous()
+        self._step_offsets = numbers[..., self.start_draws :].contiguous()
         self._ends = (offsets(steps, self.device) * draws).view(steps, 1, 1)
+        # Of the steps ahead, the next one last: stream, numbers for `start` and for
+        # `advance`, stream after them
         self._ahead: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @abstractmethod
@@ -204,7 +232,6 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         self._check(actions)
         before = self.state
         u_start, u_step, stream = self._draw(before["stream"])
-
         after, rewards, terminated = self.advance(before, actions, u_step)
         lengths = before["episode_length"] + 1
         returns = before["episode_return"] + rewards
@@ -252,20 +279,20 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         state = {key: put(value, after[key]) for key, value in fresh.items()}
         return put(self.observe(fresh), final_obs), state
 
-    def _draw(self, stream: Int64[Tensor, "B 1"]) -> tuple[Tensor, ...]:
+    def _draw(
+        self, stream: Int64[Tensor, "B 1"]
+    ) -> tuple[Float32[Tensor, "B n"], Float32[Tensor, "B m"], Int64[Tensor, "B 1"]]:
         """Numbers for `start` and for `advance`, and the stream after them.
 
         Those of the steps to come are drawn, too, and kept for as long as the stream is
         the one that was left: after a reset, or a resumption, it is another.
         """
         if not self._ahead or self._ahead[-1][0] is not stream:
-            u = _uniform(stream + self._offsets)
-            parts = u.split_with_sizes(self._draws, dim=2)
-            starts, steps = (part.contiguous().unbind() for part in parts)
             after = (stream + self._ends).unbind()
-            before = (stream, *after)
-            # (stream, start, step, stream after), the next one last
-            self._ahead = list(zip(before, starts, steps, after, strict=False))[::-1]
+            starts = _numbers(stream, self._start_offsets).unbind()
+            steps = _numbers(stream, self._step_offsets).unbind()
+            ahead = zip((stream, *after[:-1]), starts, steps, after, strict=True)
+            self._ahead = list(ahead)[::-1]
         return self._ahead.pop()[1:]
 
     def state_dict(self) -> State:

@@ -28,6 +28,8 @@ from rlrnn.envs.tensor import (
     GAMMA,
     SingleEnv,
     TensorVectorEnv,
+    _numbers,
+    _uniform,
     offsets,
     streams,
     uniform,
@@ -108,6 +110,13 @@ def test_uniform_is_the_published_mixer() -> None:
     both, _ = uniform(stream, offsets(8))
     assert torch.equal(both[:, 4:], uniform(after, offsets(4))[0])
     assert torch.equal(streams(3, 2), stream[:2])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (16, 33, 5), (2, 1024, 0)])
+def test_compiled_uniform_is_torchs(shape: tuple[int, int, int]) -> None:
+    steps, copies, n = shape
+    stream, numbers = streams(1, copies), offsets(steps * n).view(steps, 1, n)
+    assert torch.equal(_numbers(stream, numbers), _uniform(stream + numbers))
 
 
 def test_uniform_quality() -> None:
