@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlrnn  # noqa: F401  (registers the environments)
+import rlrnn.envs.tensor as tensor_tasks
 from rlrnn.agents import RecurrentPolicy, RecurrentPPO
 from rlrnn.agents.distributions import (
     ActionDistribution,
@@ -578,6 +579,7 @@ def test_the_whole_of_it_touches_no_global_random_state() -> None:
     code = """
 import random, gymnasium, numpy as np, torch, rlrnn
 from rlrnn.agents import RecurrentPPO
+
 def states():
     torchs = torch.get_rng_state().tolist()
     return str((torchs, np.random.get_state(), random.getstate()))
@@ -696,6 +698,9 @@ def test_collection_and_update_look_at_the_device_once_each(
     for module in ("recurrent", "agents.acting"):
         monkeypatch.setattr(f"rlrnn.{module}.compiles", lambda x: False)
     monkeypatch.setattr(TensorSource, "_may_truncate", lambda self, truncated: True)
+    monkeypatch.setattr(
+        tensor_tasks, "_numbers", lambda a, b: tensor_tasks._uniform(a + b)
+    )
     env = tensor_env(max_episode_steps=7)
     env._may_read = False
     model = agent(env)
