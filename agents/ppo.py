@@ -79,13 +79,13 @@ SETTINGS = (
     "use_sde",
     "sde_sample_freq",
     "target_kl",
-    "reward_scale",
-    "norm_reward",
     "stats_window_size",
     "tensorboard_log",
     "policy_kwargs",
     "verbose",
     "seed",
+    "reward_scale",
+    "norm_reward",
 )
 
 

@@ -209,6 +209,11 @@ def outer(a: Array, b: Array, threads: int) -> Array:
 _threads = 0  # those that `undisturbed` lends
 
 
+def threads() -> int:
+    """That networks here may use."""
+    return _threads or torch.get_num_threads()
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Inside, torch has one thread, and the networks here have all that it had.
@@ -243,15 +248,15 @@ class Networks(torch.autograd.Function):
         arrays = [t.detach().contiguous().numpy() for t in tensors]
         begins = starts.contiguous().numpy()
         weights = _deal(shapes, arrays[2 * count :])
-        threads = _threads or torch.get_num_threads()
-        each = max(threads // count, 1)
+        available = threads()
+        each = max(available // count, 1)
 
         def there(n: int) -> tuple[Array, Array, Tape]:
             x, state = arrays[n], arrays[count + n]
             return forward(shapes[n], weights[n], x, state, begins, each)
 
-        results = in_parallel(there, count, threads)
-        ctx.shapes, ctx.starts, ctx.threads = shapes, begins, threads
+        results = in_parallel(there, count, available)
+        ctx.shapes, ctx.starts, ctx.threads = shapes, begins, available
         ctx.tapes, ctx.weights = [tape for _, _, tape in results], weights
         ctx.save_for_backward(*tensors)
         latents = [

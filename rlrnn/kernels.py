@@ -115,7 +115,7 @@ def _tile(columns: int) -> Any:
                 weights = []
                 for v in range(VECTORS):
                     weight = b.load(as_vector(b.gep(row, [index(lanes * v)])))
-                    weight.align = number.width // 8 if hasattr(number, "width") else 4
+                    weight.align = 4  # numpy promises no more
                     weights.append(weight)
                 for c in range(columns):
                     value = b.load(b.gep(xs[c], [b.mul(k, k_stride)]))
@@ -183,11 +183,11 @@ def _columns(y, y_at, y_stride, x, x_at, x_stride, k_stride, columns, w, w_at, s
 
 @_jit
 @no_type_check
-def _pack(w, packed, transposed, first, last):
+def _pack(w, packed, transposed):
     """w [N, rows, columns] into panels of columns, or of rows if `transposed`."""
     rows, columns = w.shape[1], w.shape[2]
     width = packed.shape[3]
-    for n in range(first, last):
+    for n in range(len(w)):
         for p in range(packed.shape[1]):
             begin = p * width
             if transposed:
@@ -208,7 +208,7 @@ def pack(w: Array, transposed: bool) -> Array:
     panels = -(-outputs // width)
     make = np.empty if outputs % width == 0 else np.zeros
     packed = make((count, panels, inputs, width), w.dtype)
-    _pack(w, packed, transposed, 0, count)
+    _pack(w, packed, transposed)
     return packed
 
 
@@ -268,12 +268,11 @@ def _sigmoid(x):
 
 @_jit
 @no_type_check
-def _load(state, starts, t, n, begin, end, rows, h):
-    """h[rows] = the state before step t, which is zero where a sequence starts."""
+def _reset(h, starts, t, n, begin, end):
+    """h [R, end - begin, H] is zero where a sequence starts at step t."""
     for b in range(begin, end):
         if starts[n % starts.shape[0], t, b]:
-            for row in range(rows):
-                h[row, b - begin, :] = _ZERO
+            h[:, b - begin] = _ZERO
 
 
 @_jit
@@ -285,7 +284,7 @@ def _lstm_forward(n, begin, end, gates, w, b_n, state, starts, y, kept, last):
     h = state[n, :, begin:end].copy()  # [2, width, H]
     a = np.empty((width, w.shape[1] * w.shape[3]), gates.dtype)
     for t in range(steps):
-        _load(state, starts, t, n, begin, end, 2, h)
+        _reset(h, starts, t, n, begin, end)
         _product(a, h, 0, width, size, w, n)
         for b in range(width):
             g, s, out = gates[n, t, begin + b], a[b], y[n, t, begin + b]
@@ -370,7 +369,7 @@ def _gru_forward(n, begin, end, gates, w, b_n, state, starts, y, kept, last):
     a = np.empty((width, w.shape[1] * w.shape[3]), gates.dtype)
     bias = b_n[n]
     for t in range(steps):
-        _load(state, starts, t, n, begin, end, 1, h)
+        _reset(h, starts, t, n, begin, end)
         _product(a, h, 0, width, size, w, n)
         for b in range(width):
             g, s, out = gates[n, t, begin + b], a[b], y[n, t, begin + b]
@@ -442,7 +441,7 @@ def _rnn_forward(n, begin, end, gates, w, b_n, state, starts, y, kept, last):
     h = state[n, :, begin:end].copy()  # [1, width, H]
     a = np.empty((width, w.shape[1] * w.shape[3]), gates.dtype)
     for t in range(steps):
-        _load(state, starts, t, n, begin, end, 1, h)
+        _reset(h, starts, t, n, begin, end)
         _product(a, h, 0, width, size, w, n)
         for b in range(width):
             g, s, out = gates[n, t, begin + b], a[b], y[n, t, begin + b]

@@ -94,7 +94,7 @@ class Recurrent(nn.Module):
                 x.contiguous().numpy(),
                 state.contiguous().numpy(),
                 _no_starts(x, starts).numpy(),
-                torch.get_num_threads(),
+                compiled.threads(),
             )
             arrays = tape.outputs + (tape.kept if self.cell == "lstm" else [])
             return torch.stack([torch.from_numpy(a[0]) for a in arrays], 1)
@@ -143,7 +143,7 @@ class Recurrent(nn.Module):
         return x, torch.stack(hidden + memory if self.cell == "lstm" else hidden)
 
     def _unbroken(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """No restarts: torch's own kernels (oneDNN on the CPU, cuDNN on CUDA)."""
+        """No restarts: torch's own kernels, cuDNN on CUDA."""
         if self.cell == "lstm":
             y, (h, c) = self.stack(x, tuple(state.chunk(2)))
             return y, torch.cat((h, c))
