@@ -277,6 +277,23 @@ def _reset(h, starts, t, n, begin, end):
 
 @_jit
 @no_type_check
+def _through(d_hidden, a, d_gates, w, starts, t, n, begin):
+    """Adds to d_hidden [width, H] what comes through the gates of step t, and cuts it
+    where a sequence starts: then it is of h before that step. `a` is for the product.
+    """
+    _, steps, columns, size = d_gates.shape
+    width = len(d_hidden)
+    at = ((n * steps + t) * columns + begin) * size
+    _product(a, d_gates, at, width, size, w, n)
+    for b in range(width):
+        on = _ZERO if starts[n % starts.shape[0], t, begin + b] else _ONE
+        d, s = d_hidden[b], a[b]
+        for j in range(len(d)):
+            d[j] = (d[j] + s[j]) * on
+
+
+@_jit
+@no_type_check
 def _lstm_forward(n, begin, end, gates, w, b_n, state, starts, y, kept, last):
     """Hochreiter & Schmidhuber 1997, forget gates of Gers et al. 2000; kept: c."""
     steps, size = gates.shape[1], y.shape[3]
@@ -320,7 +337,6 @@ def _lstm_backward(
     width = end - begin
     d = d_state[n, :, begin:end].copy()  # of h and c after step t
     a = np.zeros((width, w.shape[1] * w.shape[3]), gates.dtype)
-    rows = gates.shape[2]
     for t in range(steps - 1, -1, -1):
         for b in range(width):
             g, dg, e = (
@@ -342,20 +358,8 @@ def _lstm_backward(
                 dg[2 * size + j] = dc * i * (_ONE - u * u)
                 dg[3 * size + j] = dh * squashed * o * (_ONE - o)
                 d_cell[j] = dc * f * on
-        _product(
-            a,
-            d_gates,
-            ((n * steps + t) * rows + begin) * 4 * size,
-            width,
-            4 * size,
-            w,
-            n,
-        )
-        for b in range(width):
-            on = _ZERO if starts[n % starts.shape[0], t, begin + b] else _ONE
-            s, d_hidden = a[b], d[0, b]
-            for j in range(size):
-                d_hidden[j] = s[j] * on
+                d_hidden[j] = _ZERO
+        _through(d[0], a, d_gates, w, starts, t, n, begin)
     d_state[n, :, begin:end] = d
 
 
@@ -396,7 +400,6 @@ def _gru_backward(
     width = end - begin
     d = d_state[n, :, begin:end].copy()
     a = np.zeros((width, w.shape[1] * w.shape[3]), gates.dtype)
-    rows = gates.shape[2]
     for t in range(steps - 1, -1, -1):
         for b in range(width):
             g, dg, e = (
@@ -421,14 +424,7 @@ def _gru_backward(
                 da[size + j] = dz
                 da[2 * size + j] = du * r
                 d_hidden[j] = dh * z
-        _product(
-            a, d_h, ((n * steps + t) * rows + begin) * 3 * size, width, 3 * size, w, n
-        )
-        for b in range(width):
-            on = _ZERO if starts[n % starts.shape[0], t, begin + b] else _ONE
-            s, d_hidden = a[b], d[0, b]
-            for j in range(size):
-                d_hidden[j] = (d_hidden[j] + s[j]) * on
+        _through(d[0], a, d_h, w, starts, t, n, begin)
     d_state[n, :, begin:end] = d
 
 
@@ -462,7 +458,6 @@ def _rnn_backward(
     width = end - begin
     d = d_state[n, :, begin:end].copy()
     a = np.zeros((width, w.shape[1] * w.shape[3]), gates.dtype)
-    rows = gates.shape[2]
     for t in range(steps - 1, -1, -1):
         for b in range(width):
             dg, e, out = (
@@ -473,12 +468,8 @@ def _rnn_backward(
             d_hidden = d[0, b]
             for j in range(size):
                 dg[j] = (d_hidden[j] + e[j]) * (_ONE - out[j] * out[j])
-        _product(a, d_gates, ((n * steps + t) * rows + begin) * size, width, size, w, n)
-        for b in range(width):
-            on = _ZERO if starts[n % starts.shape[0], t, begin + b] else _ONE
-            s, d_hidden = a[b], d[0, b]
-            for j in range(size):
-                d_hidden[j] = s[j] * on
+                d_hidden[j] = _ZERO
+        _through(d[0], a, d_gates, w, starts, t, n, begin)
     d_state[n, :, begin:end] = d
 
 
