@@ -26,7 +26,7 @@ Step = Callable[
 def stepper(core: Recurrent | Memoryless, head: nn.Sequential) -> Step:
     """`core`, then `head`, without gradients, for as long as neither changes."""
     layers = compiled.dense(head)
-    if isinstance(core, Recurrent) and layers is not None:
+    if isinstance(core, Recurrent) and layers is not None and not core.parallel:
         if compiles(core.weights(0)[0]):
             return _Compiled(core, layers)
 

@@ -49,7 +49,7 @@ class Dropping:
     ) -> None:
         self.rate = rate
         self.generator = generator
-        self.layers = [_layer(core, i) for i in range(core.layers)]
+        self.layers = [core.layer(i) for i in range(core.layers)]
 
     def __call__(
         self,
@@ -67,12 +67,3 @@ class Dropping:
             x, after = layer(x, state[i :: len(self.layers)], starts)
             rows.append(after)
         return x, torch.stack(rows, 1).flatten(0, 1)  # all h, then all c
-
-
-def _layer(core: Recurrent, index: int) -> Recurrent:
-    """One layer as a core of its own, with the same parameters."""
-    inputs = core.hidden_size if index else core.input_size
-    layer = Recurrent(inputs, core.hidden_size, 1, core.cell)
-    for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
-        setattr(layer.stack, f"{kind}_l0", getattr(core.stack, f"{kind}_l{index}"))
-    return layer

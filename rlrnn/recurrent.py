@@ -1,4 +1,4 @@
-"""The recurrent core: rnn, gru and lstm over sequences that restart inside.
+"""The recurrent core: rnn, gru, lstm and minGRU over sequences that restart inside.
 
 Shapes: T time steps, B columns, D inputs, H units, L layers. Time comes first.
 The state is one tensor [S, B, H]: the L hidden states, then, for an LSTM, the L cell
@@ -7,7 +7,7 @@ it back.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
@@ -17,10 +17,30 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from rlrnn import compiled
+from rlrnn.scan import scan
 
-Cell = Literal["lstm", "gru", "rnn"]
+Cell = Literal["lstm", "gru", "rnn", "mingru"]
 _NO_HEAD = nn.Sequential()
-_STACKS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class MinGRU(nn.Module):
+    """The weights of a minGRU, named as torch names those of its cells."""
+
+    def __init__(self, input_size: int, hidden_size: int, layers: int) -> None:
+        super().__init__()
+        for layer in range(layers):
+            inputs = hidden_size if layer else input_size
+            linear = nn.Linear(inputs, 2 * hidden_size)
+            setattr(self, f"weight_ih_l{layer}", linear.weight)
+            setattr(self, f"bias_ih_l{layer}", linear.bias)
+
+
+_STACKS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn": nn.RNN,
+    "mingru": MinGRU,
+}
 
 
 class Recurrent(nn.Module):
@@ -28,6 +48,11 @@ class Recurrent(nn.Module):
 
     The parameters are those of `nn.LSTM`, `nn.GRU` or `nn.RNN` (tanh), whose results
     it gives exactly where nothing restarts.
+
+    A minGRU (Feng et al. 2024, "Were RNNs all we needed?") has gates that see the input
+    alone: z = sigmoid(W_z x), h' = (1 - z) h + z g(W_h x), where g(x) is x + 1/2 above
+    zero and sigmoid(x) below. That is linear in h, so `rlrnn.scan` goes over all steps
+    at once.
     """
 
     def __init__(
@@ -46,14 +71,13 @@ class Recurrent(nn.Module):
         self.hidden_size = hidden_size
         self.layers = layers
         self.cell: Cell = cell
-        self.stack: nn.RNNBase = _STACKS[cell](input_size, hidden_size, layers)
+        self.rows = layers * (2 if cell == "lstm" else 1)  # of the state, S
+        self.parallel = cell == "mingru"  # in time
+        self.stack = _STACKS[cell](input_size, hidden_size, layers)
 
     def initial_state(self, batch: int) -> Float[Tensor, "S B H"]:
         """The state before the first step: zeros, on the device of the weights."""
-        weight = self.stack.weight_hh_l0
-        assert isinstance(weight, Tensor)
-        rows = self.layers * (2 if self.cell == "lstm" else 1)
-        return weight.new_zeros(rows, batch, self.hidden_size)
+        return self.weights(0)[0].new_zeros(self.rows, batch, self.hidden_size)
 
     def forward(
         self,
@@ -67,6 +91,9 @@ class Recurrent(nn.Module):
         state is zero before that step, and no gradient crosses it. `starts=None` says
         that no sequence begins.
         """
+        if self.parallel:
+            outputs = self._scanned(x, state, starts)
+            return outputs[-1], torch.stack([y[-1] for y in outputs])
         if compiles(x):
             ((y, after, _),) = together([self], [_NO_HEAD], [x], [state], starts)
             return y, after
@@ -86,6 +113,8 @@ class Recurrent(nn.Module):
         starts: Bool[Tensor, "T B"] | None = None,
     ) -> Float[Tensor, "T S B H"]:
         """The state after each step, without gradients."""
+        if self.parallel:
+            return torch.stack(self._scanned(x, state, starts), 1)
         if compiles(x):
             weights = [w.numpy() for i in range(self.layers) for w in self.weights(i)]
             _, _, tape = compiled.forward(
@@ -121,7 +150,10 @@ class Recurrent(nn.Module):
         hidden: list[Tensor] = []
         memory: list[Tensor] = []
         for layer in range(self.layers):
-            w_x, w_h, b_x, b_h = self.weights(layer)
+            if self.parallel:
+                w_x, b_x = self.weights(layer)
+            else:
+                w_x, w_h, b_x, b_h = self.weights(layer)
             h = state[layer]
             c = state[self.layers + layer] if self.cell == "lstm" else h
             gates = F.linear(x, w_x, b_x)  # [T, B, G*H]: one product for all steps
@@ -134,6 +166,9 @@ class Recurrent(nn.Module):
                     h, c = _lstm_step(gates[t], h, c, w_h, b_h)
                 elif self.cell == "gru":
                     h = _gru_step(gates[t], h, w_h, b_h)
+                elif self.cell == "mingru":
+                    z, candidate = _mingru_gates(gates[t])
+                    h = (1 - z) * h + z * candidate
                 else:
                     h = torch.tanh(gates[t] + F.linear(h, w_h, b_h))
                 outputs.append(h)
@@ -150,9 +185,39 @@ class Recurrent(nn.Module):
         y, h = self.stack(x, state)
         return y, h
 
+    def _scanned(
+        self, x: Tensor, state: Tensor, starts: Tensor | None
+    ) -> list[Float[Tensor, "T B H"]]:
+        """The outputs of each layer of a minGRU."""
+        outputs = []
+        for layer in range(self.layers):
+            z, candidate = _mingru_gates(F.linear(x, *self.weights(layer)))
+            keep = 1 - z
+            if starts is not None:
+                keep = keep.masked_fill(starts.unsqueeze(-1), 0.0)
+            x = scan(keep, z * candidate, state[layer])
+            outputs.append(x)
+        return outputs
+
     def weights(self, layer: int) -> list[Tensor]:
-        """w_x [G, D], w_h [G, H], b_x [G], b_h [G] of a layer."""
-        return self.stack._flat_weights[4 * layer : 4 * layer + 4]  # type: ignore[return-value]
+        """w_x [G, D], w_h [G, H], b_x [G], b_h [G] of a layer; of a minGRU w_x [2H, D]
+        and b_x [2H].
+        """
+        return [getattr(self.stack, f"{kind}_l{layer}") for kind in self._kinds()]
+
+    def layer(self, index: int) -> "Recurrent":
+        """A layer as a core of its own, with the same parameters."""
+        inputs = self.hidden_size if index else self.input_size
+        one = Recurrent(inputs, self.hidden_size, 1, self.cell)
+        for kind, weight in zip(self._kinds(), self.weights(index), strict=True):
+            setattr(one.stack, f"{kind}_l0", weight)
+        return one
+
+    def _kinds(self) -> tuple[str, ...]:
+        """What torch calls the weights of a layer."""
+        if self.parallel:
+            return "weight_ih", "bias_ih"
+        return "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 def compiles(x: Tensor) -> bool:
@@ -196,13 +261,14 @@ def together(
     On a CPU they share its threads, and `y` comes without gradient. On CUDA cores of
     one form share the launches.
     """
+    kernels = not any(core.parallel for core in cores)  # which a minGRU does not need
     forms = {(c.cell, c.layers, c.input_size, c.hidden_size) for c in cores}
-    if fuses(xs[0]) and starts is not None and len(forms) == 1:
+    if kernels and fuses(xs[0]) and starts is not None and len(forms) == 1:
         fused = _fused(cores, xs, states, starts)
         parts = zip(heads, fused[-1].y, _after(fused), strict=True)
         return [(head(y), after, y) for head, y, after in parts]
     dense = [compiled.dense(head) for head in heads]
-    if not compiles(xs[0]) or any(layers is None for layers in dense):
+    if not (kernels and compiles(xs[0])) or any(layers is None for layers in dense):
         results = []
         for core, head, x, state in zip(cores, heads, xs, states, strict=True):
             y, after = core(x, state, starts)
@@ -281,3 +347,10 @@ def _gru_step(gates: Tensor, h: Tensor, w_h: Tensor, b_h: Tensor) -> Tensor:
     z = torch.sigmoid(x_z + h_z)
     n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
     return n + z * (h - n)
+
+
+def _mingru_gates(gates: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of the state is new, and the candidate for it, which is positive."""
+    x_z, x_h = gates.chunk(2, -1)
+    candidate = torch.where(x_h >= 0, x_h + 0.5, torch.sigmoid(x_h))
+    return torch.sigmoid(x_z), candidate

@@ -1,15 +1,16 @@
 """The recurrent core: resets, equality with torch, and the reference path."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rlrnn.recurrent import Cell, Recurrent
+from rlrnn.recurrent import Cell, Recurrent, together
+from rlrnn.scan import doubling, scan
 
 T, B, D, H = 9, 4, 3, 5
-CELLS: list[Cell] = ["lstm", "gru", "rnn"]
+CELLS: list[Cell] = ["lstm", "gru", "rnn", "mingru"]
 STACKS: dict[Cell, Callable[..., nn.RNNBase]] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
@@ -36,12 +37,15 @@ def _starts(p: float = 0.3) -> Tensor:
     return torch.rand(T, B, generator=torch.Generator().manual_seed(2)) < p
 
 
-core_cases = pytest.mark.parametrize(
-    "core", [_core(c, n) for c in CELLS for n in (1, 2)], ids=lambda c: c.cell
-)
+def _cases(cells: Iterable[Cell]) -> pytest.MarkDecorator:
+    cores = [_core(cell, layers) for cell in cells for layers in (1, 2)]
+    return pytest.mark.parametrize("core", cores, ids=lambda c: f"{c.cell}-{c.layers}")
 
 
-@core_cases
+core_cases = _cases(CELLS)
+
+
+@_cases(STACKS)
 def test_equals_torch_without_restarts(core: Recurrent) -> None:
     x, state = _normal(T, B, D), _state(core)
     expected: Tensor
@@ -77,9 +81,11 @@ def test_reference_equals_forward(core: Recurrent) -> None:
 def test_t_steps_are_t_times_one_step(core: Recurrent) -> None:
     x, state, starts = _normal(T, B, D), _state(core), _starts()
     y, end = core(x, state, starts)
+    traced = core.trace(x, state, starts)
     for t in range(T):
         y_t, state = core(x[t : t + 1], state, starts[t : t + 1])
         torch.testing.assert_close(y_t[0], y[t])
+        torch.testing.assert_close(state, traced[t])
     torch.testing.assert_close(state, end)
 
 
@@ -136,6 +142,7 @@ def test_truncation(core: Recurrent) -> None:
 def test_initial_state_is_zero_and_shaped() -> None:
     assert Recurrent(D, H, 2, "lstm").initial_state(B).shape == (4, B, H)
     assert Recurrent(D, H, 2, "gru").initial_state(B).shape == (2, B, H)
+    assert Recurrent(D, H, 2, "mingru").initial_state(B).shape == (2, B, H)
     assert not Recurrent(D, H, 2, "rnn").initial_state(B).any()
 
 
@@ -146,3 +153,112 @@ def test_parameters_are_those_of_torch() -> None:
         assert {k: v.shape for k, v in ours.items()} == {
             k: v.shape for k, v in theirs.items()
         }
+
+
+# --- minGRU ---------------------------------------------------------------------------
+
+
+def test_a_mingru_that_sees_nothing_goes_half_way_to_one_half() -> None:
+    """Without weights z = 1/2 and g(0) = 1/2, so h_t = 1/2 + (h_0 - 1/2) / 2^t."""
+    core = _core("mingru", 1)
+    for weight in core.parameters():
+        nn.init.zeros_(weight)
+    state = _state(core)
+    y, _ = core(_normal(T, B, D), state)
+    halves = 0.5 ** torch.arange(1, T + 1, dtype=torch.float64)[:, None, None]
+    torch.testing.assert_close(y, 0.5 + (state - 0.5) * halves)
+
+
+@pytest.mark.parametrize("open_", [True, False])
+def test_gates_of_a_mingru(open_: bool) -> None:
+    """Open, the state is the candidate; shut, it stays, until a sequence starts."""
+    core = _core("mingru", 1)
+    w_x, b_x = core.weights(0)
+    with torch.no_grad():
+        w_x[:H] = 0.0
+        b_x[:H] = 1e3 if open_ else -1e3
+    x, state, starts = _normal(T, B, D), _state(core), _starts()
+    y, _ = core(x, state, starts)
+    seen = x @ w_x[H:].T + b_x[H:]
+    if open_:
+        assert (seen > 0).any() and (seen < 0).any()
+        expected = (seen + 0.5) * (seen >= 0) + torch.sigmoid(seen) * (seen < 0)
+    else:
+        expected = state[0] * (starts.cumsum(0) == 0).unsqueeze(-1)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("way", [scan, doubling])
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 33])
+def test_scan_is_a_loop(way: Callable[..., Tensor], steps: int) -> None:
+    """Values and gradients; zeros in `a` are where sequences start."""
+
+    def loop(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+        outputs = []
+        for a_t, b_t in zip(a, b, strict=True):
+            h = a_t * h + b_t
+            outputs.append(h)
+        return torch.stack(outputs)
+
+    a, b, h = _normal(steps, B, H), _normal(steps, B, H, seed=1), _normal(B, H, seed=2)
+    a[_normal(steps, B, seed=3) > 1] = 0.0
+    results = []
+    for run in (way, loop):
+        given = [tensor.clone().requires_grad_() for tensor in (a, b, h)]
+        y = run(*given)
+        weight = _normal(*y.shape, seed=4)
+        results.append([y, *torch.autograd.grad((weight * y.square()).sum(), given)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_both_ways_of_a_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole function, with its gradient, on what other devices compute."""
+    given = [
+        _normal(*shape, seed=i).requires_grad_()
+        for i, shape in enumerate([(T, B, H), (T, B, H), (B, H)])
+    ]
+    expected = torch.autograd.grad(scan(*given).square().sum(), given)
+    monkeypatch.setattr("rlrnn.scan._forward", doubling)
+    found = torch.autograd.grad(scan(*given).square().sum(), given)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_other_number_types_than_kernels_know() -> None:
+    """In bfloat16, whose 8 bits of precision are the tolerance."""
+    core = _core("mingru", 2)
+    x, state, starts = _normal(T, B, D), _state(core), _starts()
+    expected, _ = core(x, state, starts)
+    y, _ = core.bfloat16()(x.bfloat16(), state.bfloat16(), starts)
+    torch.testing.assert_close(y.double(), expected, rtol=0.05, atol=0.05)
+    core.double()
+
+
+@core_cases
+def test_together_is_each_alone(core: Recurrent) -> None:
+    other, head = _core(core.cell, 1), nn.Sequential(nn.Linear(H, 2), nn.Tanh())
+    head.double()
+    x, starts = _normal(T, B, D), _starts()
+    states = [_state(core), _state(other)]
+    results = together([core, other], [head, head], [x, x], states, starts)
+    for alone, state, (out, after, y) in zip(
+        (core, other), states, results, strict=True
+    ):
+        expected, end = alone.reference(x, state, starts)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(after, end)
+        torch.testing.assert_close(out, head(expected))
+
+
+@core_cases
+def test_layers_alone_share_the_parameters(core: Recurrent) -> None:
+    x, state, starts = _normal(T, B, D), _state(core), _starts()
+    expected, _ = core(x, state, starts)
+    for i in range(core.layers):
+        layer = core.layer(i)
+        assert all(
+            a is b for a, b in zip(layer.weights(0), core.weights(i), strict=True)
+        )
+        x, _ = layer(x, state[i :: core.layers], starts)
+    torch.testing.assert_close(x, expected)
