@@ -63,8 +63,8 @@ class RecurrentPolicy(BasePolicy):
     - `enable_critic_lstm`: the critic has a recurrent network of its own. With neither,
       a linear layer takes its place, and the critic has no memory.
     - `lstm_kwargs`: `dropout` between recurrent layers, in updates.
-    - `cell`: "lstm", "gru", "rnn", or "none": a dense layer in its place, the control
-      without memory.
+    - `cell`: "lstm", "gru", "rnn", "mingru" (see `Recurrent`), or "none": a dense layer
+      in its place, the control without memory.
     - `critic_keys`: of a `Dict` observation, what only the critic may see. Actions do
       not depend on these keys, and `predict` does not need them.
     - `norm_obs`: the networks see observations minus their mean, in standard

@@ -67,7 +67,7 @@ class AgentConfig:
     """The recurrent agent and its PPO (Schulman et al. 2017).
 
     Args:
-        cell: lstm, gru or rnn; none is the control without memory.
+        cell: lstm, gru, rnn or mingru; none is the control without memory.
         hidden_size: units of a recurrent layer.
         layers: recurrent layers.
         shared: the critic reads the actor's recurrent output.

