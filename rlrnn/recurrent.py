@@ -53,6 +53,11 @@ class Recurrent(nn.Module):
     alone: z = sigmoid(W_z x), h' = (1 - z) h + z g(W_h x), where g(x) is x + 1/2 above
     zero and sigmoid(x) below. That is linear in h, so `rlrnn.scan` goes over all steps
     at once.
+
+    `weight_drop` (Merity et al. 2018, "Regularizing and optimizing LSTM language
+    models") is the share of hidden-to-hidden weights that are zero in training, the
+    same ones at all steps of a call; the others are divided by 1 - weight_drop. They
+    are drawn from `generator`, to be set before, on the device of the weights.
     """
 
     def __init__(
@@ -61,11 +66,21 @@ class Recurrent(nn.Module):
         hidden_size: int,
         layers: int = 1,
         cell: Cell = "lstm",
+        weight_drop: float | int = 0.0,
     ) -> None:
         super().__init__()
         if cell not in get_args(Cell):
             raise ValueError(
                 f"cell is {cell!r}, expected one of {', '.join(get_args(Cell))}"
+            )
+        if not 0 <= weight_drop < 1:
+            raise ValueError(
+                f"weight_drop is {weight_drop}, expected at least 0 and below 1"
+            )
+        if weight_drop and cell == "mingru":
+            raise ValueError(
+                f"weight_drop is {weight_drop} and cell is 'mingru', which has no "
+                "hidden-to-hidden weights: expected 0; leave weight_drop out"
             )
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -74,6 +89,8 @@ class Recurrent(nn.Module):
         self.rows = layers * (2 if cell == "lstm" else 1)  # of the state, S
         self.parallel = cell == "mingru"  # in time
         self.stack = _STACKS[cell](input_size, hidden_size, layers)
+        self.weight_drop = weight_drop
+        self.generator: torch.Generator | None = None
 
     def initial_state(self, batch: int) -> Float[Tensor, "S B H"]:
         """The state before the first step: zeros, on the device of the weights."""
@@ -92,12 +109,11 @@ class Recurrent(nn.Module):
         that no sequence begins.
         """
         if self.parallel:
-            outputs = self._scanned(x, state, starts)
-            return outputs[-1], torch.stack([y[-1] for y in outputs])
+            return self._result(self._scanned(x, state, starts))
         if compiles(x):
             ((y, after, _),) = together([self], [_NO_HEAD], [x], [state], starts)
             return y, after
-        if starts is None and x.shape[0] > 1:
+        if starts is None and x.shape[0] > 1 and not self._drops():
             return self._unbroken(x, state)
         if fuses(x):
             layers = _fused([self], [x], [state], starts)
@@ -116,7 +132,7 @@ class Recurrent(nn.Module):
         if self.parallel:
             return torch.stack(self._scanned(x, state, starts), 1)
         if compiles(x):
-            weights = [w.numpy() for i in range(self.layers) for w in self.weights(i)]
+            weights = [w.numpy() for i in range(self.layers) for w in self.drawn(i)]
             _, _, tape = compiled.forward(
                 compiled.Shape(self.cell, self.layers, ()),
                 weights,
@@ -131,12 +147,7 @@ class Recurrent(nn.Module):
             layers = _fused([self], [x], [state], starts)
             memory = [layer.kept for layer in layers if self.cell == "lstm"]
             return torch.cat([layer.y for layer in layers] + memory).transpose(0, 1)
-        states = []
-        for t in range(x.shape[0]):
-            now = None if starts is None else starts[t : t + 1]
-            _, state = self.reference(x[t : t + 1], state, now)
-            states.append(state)
-        return torch.stack(states)
+        return torch.stack(self._looped(x, state, starts), 1)
 
     def reference(
         self,
@@ -145,6 +156,16 @@ class Recurrent(nn.Module):
         starts: Bool[Tensor, "T B"] | None = None,
     ) -> tuple[Float[Tensor, "T B H"], Float[Tensor, "S B H"]]:
         """`forward` as a loop over time that anyone can check."""
+        return self._result(self._looped(x, state, starts))
+
+    def _result(self, states: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Outputs of the last layer, and the state after the last step."""
+        return states[self.layers - 1], torch.stack([rows[-1] for rows in states])
+
+    def _looped(
+        self, x: Tensor, state: Tensor, starts: Tensor | None
+    ) -> list[Float[Tensor, "T B H"]]:
+        """The rows of the state after each step."""
         if starts is not None:
             keep = (~starts).to(x.dtype).unsqueeze(-1)  # [T, B, 1]
         hidden: list[Tensor] = []
@@ -153,17 +174,18 @@ class Recurrent(nn.Module):
             if self.parallel:
                 w_x, b_x = self.weights(layer)
             else:
-                w_x, w_h, b_x, b_h = self.weights(layer)
+                w_x, w_h, b_x, b_h = self.drawn(layer)
             h = state[layer]
             c = state[self.layers + layer] if self.cell == "lstm" else h
             gates = F.linear(x, w_x, b_x)  # [T, B, G*H]: one product for all steps
-            outputs = []
+            hs, cs = [], []
             for t in range(x.shape[0]):
                 if starts is not None:
                     h = h * keep[t]
                     c = c * keep[t]
                 if self.cell == "lstm":
                     h, c = _lstm_step(gates[t], h, c, w_h, b_h)
+                    cs.append(c)
                 elif self.cell == "gru":
                     h = _gru_step(gates[t], h, w_h, b_h)
                 elif self.cell == "mingru":
@@ -171,11 +193,12 @@ class Recurrent(nn.Module):
                     h = (1 - z) * h + z * candidate
                 else:
                     h = torch.tanh(gates[t] + F.linear(h, w_h, b_h))
-                outputs.append(h)
-            x = torch.stack(outputs)
-            hidden.append(h)
-            memory.append(c)
-        return x, torch.stack(hidden + memory if self.cell == "lstm" else hidden)
+                hs.append(h)
+            x = torch.stack(hs)
+            hidden.append(x)
+            if cs:
+                memory.append(torch.stack(cs))
+        return hidden + memory
 
     def _unbroken(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """No restarts: torch's own kernels, cuDNN on CUDA."""
@@ -188,7 +211,7 @@ class Recurrent(nn.Module):
     def _scanned(
         self, x: Tensor, state: Tensor, starts: Tensor | None
     ) -> list[Float[Tensor, "T B H"]]:
-        """The outputs of each layer of a minGRU."""
+        """The rows of the state of a minGRU after each step."""
         outputs = []
         for layer in range(self.layers):
             z, candidate = _mingru_gates(F.linear(x, *self.weights(layer)))
@@ -205,8 +228,24 @@ class Recurrent(nn.Module):
         """
         return [getattr(self.stack, f"{kind}_l{layer}") for kind in self._kinds()]
 
+    def drawn(self, layer: int) -> list[Tensor]:
+        """`weights` for one call: in training some are zero, see `weight_drop`."""
+        weights = self.weights(layer)
+        if self._drops():
+            assert self.generator is not None, (
+                "set `generator`: weight_drop draws of it"
+            )
+            keep = 1 - self.weight_drop
+            kept = torch.empty_like(weights[1])
+            kept.bernoulli_(keep, generator=self.generator)
+            weights[1] = weights[1] * kept / keep
+        return weights
+
+    def _drops(self) -> bool:
+        return self.training and self.weight_drop > 0
+
     def layer(self, index: int) -> "Recurrent":
-        """A layer as a core of its own, with the same parameters."""
+        """A layer as a core of its own with the same parameters; nothing is dropped."""
         inputs = self.hidden_size if index else self.input_size
         one = Recurrent(inputs, self.hidden_size, 1, self.cell)
         for kind, weight in zip(self._kinds(), self.weights(index), strict=True):
@@ -280,7 +319,7 @@ def together(
         squashes = tuple(squash for _, squash in layers)
         shapes.append(compiled.Shape(core.cell, core.layers, squashes))
         for layer in range(core.layers):
-            weights += core.weights(layer)
+            weights += core.drawn(layer)
         for linear, _ in layers:
             weights += [linear.weight, linear.bias]
     outputs: tuple[Tensor, ...] = compiled.Networks.apply(  # type: ignore[no-untyped-call]
@@ -310,7 +349,7 @@ def _fused(
     layers: list[_Fused] = []
     for i in range(cores[0].layers):
         before = [state[i :: cores[0].layers] for state in states]
-        kinds = zip(*(core.weights(i) for core in cores), strict=True)
+        kinds = zip(*(core.drawn(i) for core in cores), strict=True)
         weights = [w for kind in kinds for w in kind]
         outputs = kernels_cuda.Layer.apply(  # type: ignore[no-untyped-call]
             cores[0].cell, starts, *xs, *before, *weights

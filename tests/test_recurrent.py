@@ -18,10 +18,10 @@ STACKS: dict[Cell, Callable[..., nn.RNNBase]] = {
 }
 
 
-def _core(cell: Cell, layers: int) -> Recurrent:
+def _core(cell: Cell, layers: int, weight_drop: float = 0.0) -> Recurrent:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Recurrent(D, H, layers, cell).double()
+        return Recurrent(D, H, layers, cell, weight_drop).double()
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -262,3 +262,99 @@ def test_layers_alone_share_the_parameters(core: Recurrent) -> None:
         )
         x, _ = layer(x, state[i :: core.layers], starts)
     torch.testing.assert_close(x, expected)
+
+
+# --- weight_drop ----------------------------------------------------------------------
+
+dropping_cases = pytest.mark.parametrize("cell", list(STACKS))
+
+
+def _seeded(core: Recurrent, seed: int = 0) -> Recurrent:
+    core.generator = torch.Generator().manual_seed(seed)
+    return core
+
+
+@dropping_cases
+def test_nothing_is_dropped_outside_training(cell: Cell) -> None:
+    given = _normal(T, B, D), _state(_core(cell, 2)), _starts()
+    expected = _core(cell, 2)(*given)
+    for core in (_core(cell, 2, 0.5).eval(), _core(cell, 2, 0.0)):
+        for ours, plain in zip(core(*given), expected, strict=True):
+            assert torch.equal(ours, plain)
+
+
+@dropping_cases
+@pytest.mark.parametrize("way", ["forward", "unbroken", "reference", "together"])
+def test_dropped_weights_are_zero_for_a_whole_call(cell: Cell, way: str) -> None:
+    """The same as a core whose weights are masked by hand, and no gradient where they
+    are; the global generator stays as it is."""
+    core, masked = _seeded(_core(cell, 2, 0.4)), _core(cell, 2)
+    generator = torch.Generator().manual_seed(0)
+    masks = []
+    for i in range(2):
+        w_h = masked.weights(i)[1]
+        masks.append(torch.empty_like(w_h).bernoulli_(0.6, generator=generator))
+        w_h.data *= masks[-1] / 0.6
+    before = torch.random.get_rng_state()
+    x, state = _normal(T, B, D), _state(core)
+    starts = None if way == "unbroken" else _starts()
+    if way == "together":
+        ((_, end, y),) = together([core], [nn.Sequential()], [x], [state], starts)
+    else:
+        run = core.reference if way == "reference" else core.forward
+        y, end = run(x, state, starts)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    expected, expected_end = masked(x, state, starts)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(end, expected_end)
+    for i, mask in enumerate(masks):
+        (found,), (plain,) = (
+            torch.autograd.grad(s.square().sum(), c.weights(i)[1], retain_graph=True)
+            for s, c in ((end, core), (expected_end, masked))
+        )
+        assert not found[mask == 0].any() and found[mask == 1].any()
+        torch.testing.assert_close(found, plain * mask / 0.6)
+
+
+@dropping_cases
+def test_a_trace_is_a_call_too(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mask for all its steps, that of a call from the same generator."""
+    given = _normal(T, B, D), _state(_core(cell, 2)), _starts()
+    for kernels in (True, False):
+        _, end = _seeded(_core(cell, 2, 0.5))(*given)
+        traced = _seeded(_core(cell, 2, 0.5)).trace(*given)
+        torch.testing.assert_close(traced[-1], end)
+        if kernels:
+            monkeypatch.setattr("rlrnn.recurrent.compiles", lambda x: False)
+
+
+def test_weights_are_dropped_anew_at_each_call_and_right_on_average() -> None:
+    core = _seeded(_core("gru", 1, 0.3))
+    draws = torch.stack([core.drawn(0)[1].detach() for _ in range(4000)])
+    w_h = core.weights(0)[1].detach()
+    share = (draws == 0).double().mean(0)
+    # four deviations of a mean of 4000 draws, and some for 75 weights
+    torch.testing.assert_close(share, torch.full_like(share, 0.3), rtol=0, atol=0.035)
+    torch.testing.assert_close(draws.mean(0), w_h, rtol=0.05, atol=0)
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_cudnn_is_left_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch's own layers would run, which take no other weights than theirs."""
+    monkeypatch.setattr("rlrnn.recurrent.compiles", lambda x: False)
+    x, state = _normal(T, B, D), _state(_core("lstm", 1))
+    y, _ = _seeded(_core("lstm", 1, 0.5))(x, state)
+    expected, _ = _seeded(_core("lstm", 1, 0.5)).reference(x, state)
+    torch.testing.assert_close(y, expected)
+    assert not torch.allclose(y, _core("lstm", 1)(x, state)[0])
+
+
+def test_what_weight_drop_refuses() -> None:
+    with pytest.raises(ValueError, match="no hidden-to-hidden weights: expected 0"):
+        Recurrent(D, H, 1, "mingru", weight_drop=0.5)
+    for share in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="expected at least 0 and below 1"):
+            Recurrent(D, H, weight_drop=share)
+    with pytest.raises(AssertionError, match="set `generator`"):
+        core = _core("lstm", 1, 0.5)
+        core(_normal(T, B, D), _state(core))
