@@ -20,7 +20,6 @@ import torch
 from rlrnn.cli import load_config
 from rlrnn.config import FitConfig
 from rlrnn.flows import fit_task, make_controller, run_task
-from rlrnn.training import mean_loss
 
 NAMES = ("constant", "cosine", "plateau", "prior", "learned")
 
@@ -61,8 +60,7 @@ def main() -> None:
         )
         for name in options.controllers:
             trainer = run_task(fit_task(config), make_controller(name))
-            streams = trainer.problem.valid
-            nats[name].append(float(mean_loss(trainer.model, streams, streams.length)))
+            nats[name].append(trainer.score("valid")["nats"])
             print(f"seed {seed} {name:10s} {nats[name][-1]:.4f} nats", flush=True)
     print(
         f"\n| controller | nats, {options.seeds} seeds | of the first |\n|---|---|---|"

@@ -15,8 +15,9 @@ import torch
 
 from rlrnn.control import prior
 from rlrnn.flows import run_task
-from rlrnn.tasks import DataConfig, ModelConfig, Task, build_trainer
-from rlrnn.training import Optimizer, TrainingConfig, mean_loss
+from rlrnn.models import ModelConfig
+from rlrnn.tasks import DataConfig, Task, build_trainer
+from rlrnn.training import Optimizer, TrainingConfig
 
 TEXT = DataConfig(size=600_000, batch=16, half=1)
 MARKOV = DataConfig("markov", size=200_000, batch=16, symbols=16, memory=6)
@@ -52,8 +53,7 @@ def loss_at(task: Task, rate: float) -> float:
     while not trainer.done:
         knobs, state = controller(signals, state)
         signals = trainer.step(knobs)
-    streams = trainer.problem.valid
-    return float(mean_loss(trainer.model, streams, streams.length))
+    return trainer.score("valid")["nats"]
 
 
 def main() -> None:
@@ -67,8 +67,7 @@ def main() -> None:
         losses = [loss_at(one, float(rate)) for rate in grid]
         best = int(np.argmin(losses))
         trainer = run_task(one, prior())
-        streams = trainer.problem.valid
-        loss = float(mean_loss(trainer.model, streams, streams.length))
+        loss = trainer.score("valid")["nats"]
         told = "nan" if math.isnan(trainer.range_lr) else f"{trainer.range_lr:.2g}"
         name = (
             f"{one.data.kind}, {one.model.cell} {one.model.hidden_size}, "

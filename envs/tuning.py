@@ -1,5 +1,6 @@
 """Supervised training as an environment: one episode is one run."""
 
+import dataclasses
 from typing import Any
 
 import gymnasium
@@ -11,8 +12,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from rlrnn import seeding
 from rlrnn.control import ACTIONS, FEATURES, Codec, Knobs, Signals
-from rlrnn.tasks import DataConfig, ModelConfig, Task, Tasks, build_trainer
-from rlrnn.training import TrainingConfig
+from rlrnn.tasks import Task, Tasks, build_trainer
 
 LOSS_FLOOR = 1e-3  # nats: below it a run is solved, and its logarithm is noise
 
@@ -177,18 +177,20 @@ class GroupBaseline(VecEnvWrapper):
 
 
 def task_to_tree(task: Task) -> dict[str, Any]:
-    return {
-        "data": vars(task.data),
-        "model": vars(task.model),
-        "training": vars(task.training),
-        "seed": task.seed,
-    }
+    return dataclasses.asdict(task)
 
 
 def task_from_tree(tree: dict[str, Any]) -> Task:
-    return Task(
-        DataConfig(**tree["data"]),
-        ModelConfig(**tree["model"]),
-        TrainingConfig(**tree["training"]),
-        tree["seed"],
-    )
+    task: Task = _from_tree(Task, tree)
+    return task
+
+
+def _from_tree(kind: type[Any], tree: dict[str, Any]) -> Any:
+    """The dataclass `kind` that `dataclasses.asdict` took apart."""
+    values = {}
+    for entry in dataclasses.fields(kind):
+        value = tree[entry.name]
+        if isinstance(entry.type, type) and dataclasses.is_dataclass(entry.type):
+            value = _from_tree(entry.type, value)
+        values[entry.name] = value
+    return kind(**values)

@@ -44,7 +44,8 @@ class Knobs:
 class Signals:
     """What a trainer tells after a decision interval of n runs; each array is [n].
 
-    A signal that was not measured is NaN. Losses are in nats.
+    A signal that was not measured is NaN. Losses are positive, in the objective's unit;
+    of one that is a log-density, and may be negative, its exponential.
     """
 
     progress: Array  # share of the budget spent, in [0, 1]
@@ -67,6 +68,7 @@ class Signals:
     recovered: Array  # 1: the interval diverged and was rolled back
     lr_scale: Array  # 1/2 to the power of the recoveries so far
     failed: Array  # 1: given up after three recoveries in a row
+    whole: Array  # 1: a window is whole sequences, and K cuts inside them
 
     def to_row(self, run: int = 0) -> dict[str, float]:
         """The signals of one run by name, for a log."""
@@ -209,7 +211,8 @@ class Codec:
         K      = K_prior * product of the truncation factors so far
         lr     = lambda * K^p,  p = 1/2 for Adam, 1 for SGD
 
-    With the exponent p a move of K leaves the noise of the updates as it was.
+    With the exponent p a move of K leaves the noise of the updates as it was. Where a
+    window is whole sequences, K_prior cuts none, and the rate has nothing to do with K.
     """
 
     truncation: int = 16
@@ -290,6 +293,11 @@ class Codec:
         log2_k = state["log2_k"] + np.log2(TRUNCATION_FACTORS[actions[:, 1]])
         log2_k = log2_k.clip(math.log2(low), math.log2(high))
         k = np.minimum(2**log2_k, np.maximum(signals.truncation_max, low))
+        # Whole sequences: at the prior's K none is cut, and updates are as many at any
+        # K, so that the rate stays as it is.
+        uncut = signals.truncation_max * 2.0 ** (log2_k - math.log2(self.truncation))
+        cut = np.where(signals.whole > 0, uncut.clip(low, high), k)
+        k = np.where(signals.whole > 0, self.truncation, k)
         power = np.where(signals.adaptive > 0, 0.5, 1.0)
         base = np.where(
             np.isnan(signals.range_lr), default_lambda(power), signals.range_lr
@@ -307,7 +315,7 @@ class Codec:
             "log2_k": log2_k,
             "previous": moved,
         }
-        return _knobs(begin, end, k), after
+        return _knobs(begin, end, cut), after
 
 
 def default_lambda(power: Array) -> Array:

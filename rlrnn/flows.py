@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -52,15 +51,10 @@ from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneCon
 from rlrnn.control import NO_OP, UNLEARNED, Controller, Signals, prior
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
-from rlrnn.tasks import (
-    DataConfig,
-    ModelConfig,
-    Task,
-    Tasks,
-    build_trainer,
-)
+from rlrnn.models import ModelConfig
+from rlrnn.tasks import DataConfig, Task, Tasks, build_trainer
 from rlrnn.tracking import LoggerMirror, NotARunError, Run, read_metrics
-from rlrnn.training import Trainer, TrainingConfig, mean_loss
+from rlrnn.training import Trainer, TrainingConfig
 
 Config = TypeVar("Config", TrainConfig, FitConfig, TuneConfig)
 Summary = dict[str, Any]
@@ -550,7 +544,7 @@ def _fit(
             state, signals = saved["controller"], Signals(**saved["signals"])
         began, first = time.monotonic(), trainer.spent
         bar = tqdm(
-            total=round(config.training.budget),
+            total=round(trainer.budget),
             initial=round(trainer.spent),
             unit="token",
             unit_scale=True,
@@ -598,7 +592,7 @@ def _fit(
 
 def _fingerprint(trainer: Trainer) -> int:
     """Tells another text from the one that a run began with."""
-    return zlib.crc32(trainer.problem.train.x.cpu().numpy().tobytes())
+    return trainer.problem.train.fingerprint()
 
 
 def _fit_row(trainer: Trainer, signals: Signals) -> dict[str, float | int]:
@@ -614,17 +608,18 @@ def _fit_row(trainer: Trainer, signals: Signals) -> dict[str, float | int]:
 
 
 def _held_out(trainer: Trainer, split: str) -> Summary:
-    """The loss of a split in nats and bits per symbol; not charged to the budget."""
-    streams = getattr(trainer.problem, split)
-    nats = float(mean_loss(trainer.model, streams, streams.length))
-    return {f"{split}_nats": nats, f"{split}_bits": nats / math.log(2)}
+    """The metrics of a split; not charged to the budget."""
+    figures = trainer.score(split)
+    return {f"{split}_{name}": value for name, value in figures.items()}
 
 
 def save_model(path: Path, trainer: Trainer, config: FitConfig) -> None:
-    """Weights, vocabulary and config of a trained model, in one safe file."""
+    """Weights, data format and config of a trained model, in one safe file."""
+    with trainer.kept_weights():
+        weights = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     tree = {
-        "model": dict(trainer.model.state_dict()),
-        "vocabulary": trainer.problem.vocabulary,
+        "model": weights,
+        "format": trainer.problem.format,
         "config": config_to_tree(config),
     }
     checkpoint.save(path, tree, {"kind": "model"})
@@ -886,7 +881,7 @@ def _evaluate(folder: Path, config: Config) -> Summary:
     if isinstance(config, FitConfig):
         tree = checkpoint.load(finished("model.zip"))
         trainer = build_trainer(fit_task(config), config.device)
-        if tree["vocabulary"] != trainer.problem.vocabulary:
+        if tree["format"] != trainer.problem.format:
             source = config.data.path or "the standard library of this Python"
             raise ValueError(
                 f"{folder} was trained on another text than {source} has now; "

@@ -2,34 +2,21 @@
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from rlrnn import seeding
+from rlrnn.checks import at_least, one_of
 from rlrnn.data.chunks import Problem
 from rlrnn.data.synthetic import copy_problem, markov_problem
 from rlrnn.data.text import read_text, standard_library, text_problem
 from rlrnn.device import resolve_device
-from rlrnn.models import SequenceModel
+from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.recurrent import Cell
 from rlrnn.training import Optimizer, Trainer, TrainingConfig
 
 Kind = Literal["text", "markov", "copy"]
-
-
-def at_least(name: str, value: float | int, least: float | int) -> None:
-    """One line for a number that is too small."""
-    if not value >= least:
-        raise ValueError(f"{name} is {value}, expected at least {least}")
-
-
-def one_of(name: str, value: str, choices: object) -> None:
-    """One line for a name that is none of `choices`, a Literal."""
-    if value not in get_args(choices):
-        raise ValueError(
-            f"{name} is {value!r}, expected one of {', '.join(get_args(choices))}"
-        )
 
 
 @dataclass(frozen=True)
@@ -68,30 +55,6 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What learns it.
-
-    Args:
-        cell: lstm, gru or rnn.
-        hidden_size: units of a layer.
-        layers: how many lie on top of each other.
-        embedding_size: of a symbol; without one, the smaller of hidden_size and 64.
-    """
-
-    cell: Cell = "lstm"
-    hidden_size: int = 128
-    layers: int = 1
-    embedding_size: int | None = None
-
-    def __post_init__(self) -> None:
-        one_of("model.cell", self.cell, Cell)
-        at_least("model.hidden_size", self.hidden_size, 1)
-        at_least("model.layers", self.layers, 1)
-        if self.embedding_size is not None:
-            at_least("model.embedding_size", self.embedding_size, 1)
-
-
-@dataclass(frozen=True)
 class Task:
     """One supervised run: data, model, training, and the seed of its weights."""
 
@@ -124,17 +87,15 @@ def build_trainer(task: Task, device: str = "cpu") -> Trainer:
     """A trainer that has not started, with everything on `device`."""
     place = resolve_device(device)
     problem = build_problem(task).to(place)
-    model = task.model
-    with seeding.initialising(task.seed, "model"):
-        network = SequenceModel(
-            problem.inputs,
-            problem.outputs,
-            model.hidden_size,
-            model.layers,
-            model.cell,
-            model.embedding_size,
-        )
-    return Trainer(network.to(place), problem, task.training)
+    network = build_model(problem, task.model, task.seed).to(place)
+    seed = seeding.derive(task.seed, "dropout")
+    return Trainer(network, problem, task.training, seed)
+
+
+def build_model(problem: Problem, config: ModelConfig, seed: int) -> SequenceModel:
+    """A model with fresh weights, on the CPU."""
+    with seeding.initialising(seed, "model"):
+        return SequenceModel(problem.inputs, problem.objective.outputs, config)
 
 
 @dataclass(frozen=True)
@@ -202,7 +163,7 @@ class Tasks:
             ),
             TrainingConfig(
                 budget,
-                self.optimizers[pick("optimizers")],
+                optimizer=self.optimizers[pick("optimizers")],
                 decisions=self.decisions,
             ),
             seed=int(rng.integers(2**31)),

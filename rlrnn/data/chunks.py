@@ -1,10 +1,27 @@
-"""Sequences end to end in streams: the one form in which data reaches a trainer."""
+"""The one form in which data reaches a trainer: windows of streams, `Chunk`.
 
-from dataclasses import dataclass, replace
+A `Source` gives them, for one split of one data set. There are two kinds:
+
+- streams (`whole` is False): sequences lie end to end in B streams, `starts` says where
+  one begins; a window is any K steps, and the hidden state is carried on;
+- batches (`whole` is True): a window is B whole sequences, padded at their end, one
+  update each; K is the interval at which the state is detached inside.
+
+K, T: time steps. B: streams or sequences. Time comes first.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from rlrnn import seeding
+from rlrnn.objectives import Classes, Objective
 
 
 @dataclass(frozen=True)
@@ -13,17 +30,52 @@ class Chunk:
 
     | field  | shape       | meaning                                              |
     |--------|-------------|------------------------------------------------------|
-    | x      | [K, B, ...] | inputs                                               |
-    | y      | [K, B, ...] | targets                                              |
+    | x      | [K, B, ...] | inputs: symbols (int) or features (float)            |
+    | y      | [K, B, ...] | targets; for CTC [S, B] labels, -1 after the last    |
     | starts | [K, B] bool | a sequence begins here; None: none begins            |
     | mask   | [K, B] bool | a loss is due here; None: everywhere                 |
+
+    `scale` is what the sum of the losses is divided by: a constant of the data set and
+    of K, so that a window with few due positions does not weigh as much as one with
+    many. `due` is how many losses are due here, as a share of `scale`; both are known
+    without asking the device.
     """
 
     x: Tensor
     y: Tensor
     starts: Tensor | None
     mask: Tensor | None
-    due: float = 1.0  # losses due here / losses due on average; known without asking
+    scale: float
+    due: float = 1.0
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Windows of one split. `t` grows without bound: a pass takes `length` steps."""
+
+    batch: int  # streams, or sequences of a full batch
+    length: int  # time steps of one pass
+    whole: bool  # whether a window is whole sequences
+
+    def span(self, t: int, truncation: int) -> int:
+        """The time steps of the window that begins at `t`."""
+        ...
+
+    def typical(self, truncation: int) -> float:
+        """The time steps of an average window."""
+        ...
+
+    def window(self, t: int, steps: int) -> Chunk:
+        """The steps `t, ..., t + steps - 1`; `steps` is what `span` said."""
+        ...
+
+    def to(self, device: torch.device) -> "Source":
+        """The same source, giving chunks on `device`."""
+        ...
+
+    def fingerprint(self) -> int:
+        """Tells these data from others."""
+        ...
 
 
 class Streams:
@@ -32,6 +84,8 @@ class Streams:
     Args: as in `Chunk`, with N in place of K. Every stream begins a sequence at its
     first step, so `starts=None` means that it begins there and nowhere else.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -56,16 +110,22 @@ class Streams:
         self._begins = np.concatenate(([0], np.cumsum(begins)))
 
     def to(self, device: torch.device) -> "Streams":
-        """The same streams on `device`."""
         mask = None if self.mask is None else self.mask.to(device)
         return Streams(
             self.x.to(device), self.y.to(device), self.starts.to(device), mask
         )
 
+    def fingerprint(self) -> int:
+        return zlib.crc32(self.x.cpu().numpy().tobytes())
+
+    def span(self, t: int, truncation: int) -> int:
+        return truncation
+
+    def typical(self, truncation: int) -> float:
+        return truncation
+
     def window(self, t: int, steps: int) -> Chunk:
-        """Steps `t, ..., t + steps - 1`, modulo the length."""
         t %= self.length
-        due = self._due_share(t, steps)
         if t + steps <= self.length:
             x, y, starts, mask = self._slice(t, t + steps)
             begins = self._begins[t + steps] > self._begins[t]
@@ -74,7 +134,9 @@ class Streams:
             x, y, starts = self.x[at], self.y[at], self.starts[at]
             mask = None if self.mask is None else self.mask[at]
             begins = True
-        return Chunk(x, y, starts if begins else None, mask, due)
+        scale = steps * self.batch * self.density
+        due = self._due_share(t, steps)
+        return Chunk(x, y, starts if begins else None, mask, scale, due)
 
     def _due_share(self, t: int, steps: int) -> float:
         if self._due is None:
@@ -88,29 +150,166 @@ class Streams:
         return self.x[a:b], self.y[a:b], self.starts[a:b], mask
 
 
+class Batches:
+    """Whole sequences of any length, those of like length in one padded batch.
+
+    Each pass takes the batches in another order, a function of `seed` and the pass
+    (seed None: always by length). Padding begins with a start, so that a pass backwards
+    in time finds where each sequence ends.
+
+    Args:
+        sequences: features [T, D] or symbols [T], each with its own T.
+        targets: for each sequence a label, its frames' targets [T, ...], or, with
+            `ctc`, its labels [S].
+        batch: sequences in a batch.
+        ctc: targets are shorter than sequences, and not aligned with them.
+    """
+
+    whole = True
+
+    def __init__(
+        self,
+        sequences: Sequence[NDArray[Any]],
+        targets: Sequence[NDArray[Any] | int | np.integer[Any]],
+        batch: int,
+        seed: int | None = None,
+        ctc: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.sequences = [np.asarray(sequence) for sequence in sequences]
+        self.targets = [np.asarray(target) for target in targets]
+        self.batch, self.seed, self.ctc, self.device = batch, seed, ctc, device
+        lengths = np.array([len(sequence) for sequence in self.sequences])
+        by_length = np.argsort(lengths, kind="stable")
+        cuts = range(0, len(by_length), batch)
+        self.members = [by_length[cut : cut + batch] for cut in cuts]
+        self.lengths = np.array([lengths[group].max() for group in self.members])
+        self.length = int(self.lengths.sum())
+        dues = [sum(self._due(i) for i in group) for group in self.members]
+        self.scale = float(np.mean(dues))
+        self._lap: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
+        self._made: dict[int, Chunk] = {}
+
+    def _due(self, index: int) -> int:
+        """The losses that one sequence asks for."""
+        return self.targets[index].shape[0] if self.targets[index].ndim else 1
+
+    def to(self, device: torch.device) -> "Batches":
+        return Batches(
+            self.sequences, self.targets, self.batch, self.seed, self.ctc, device
+        )
+
+    def fingerprint(self) -> int:
+        crc = 0
+        for sequence in self.sequences:
+            crc = zlib.crc32(np.ascontiguousarray(sequence).tobytes(), crc)
+        return crc
+
+    def _at(self, t: int) -> tuple[int, int]:
+        """The batch that begins at `t` and its length."""
+        lap, within = divmod(t, self.length)
+        if self._lap is None or self._lap[0] != lap:
+            order = np.arange(len(self.members))
+            if self.seed is not None:
+                rng = np.random.default_rng(seeding.derive(self.seed, "pass", lap))
+                order = rng.permutation(order)
+            begins = np.concatenate(([0], np.cumsum(self.lengths[order])))
+            self._lap = lap, order, begins
+        _, order, begins = self._lap
+        place = int(np.searchsorted(begins, within))
+        assert begins[place] == within, "a window begins where a batch does"
+        number = int(order[place])
+        return number, int(self.lengths[number])
+
+    def span(self, t: int, truncation: int) -> int:
+        return self._at(t)[1]
+
+    def typical(self, truncation: int) -> float:
+        return self.length / len(self.members)
+
+    def window(self, t: int, steps: int) -> Chunk:
+        number, length = self._at(t)
+        assert steps == length, "a window is a whole batch"
+        if number not in self._made:  # made once, and kept on the device
+            self._made[number] = self._make(self.members[number], length)
+        return self._made[number]
+
+    def _make(self, members: NDArray[np.int64], length: int) -> Chunk:
+        chosen = [self.sequences[i] for i in members]
+        targets = [self.targets[i] for i in members]
+        shape = (length, len(members))
+        x = np.zeros(shape + chosen[0].shape[1:], _dtype(chosen[0]))
+        starts, mask = np.zeros(shape, bool), np.zeros(shape, bool)
+        for b, sequence in enumerate(chosen):
+            end = len(sequence)
+            x[:end, b] = sequence
+            starts[0, b] = True
+            if end < length:
+                starts[end, b] = True
+            last_only = targets[b].ndim == 0
+            mask[end - 1 if last_only else 0 : end, b] = True
+        if self.ctc:
+            longest = max(1, max(len(target) for target in targets))
+            y = np.full((longest, len(members)), -1, np.int64)
+        else:
+            y = np.zeros(shape + targets[0].shape[1:], _dtype(targets[0]))
+        for b, target in enumerate(targets):
+            if target.ndim == 0:
+                y[:, b] = target
+            else:
+                y[: len(target), b] = target
+        due = sum(self._due(i) for i in members) / self.scale
+        x_, y_, starts_, mask_ = (
+            torch.from_numpy(a).to(self.device) for a in (x, y, starts, mask)
+        )
+        return Chunk(x_, y_, starts_, mask_, self.scale, float(due))
+
+
+def _dtype(array: NDArray[Any]) -> type[np.generic]:
+    return np.int64 if array.dtype.kind in "iub" else np.float32
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """Inputs are integers below `count`; they are embedded."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Features:
+    """Inputs are vectors of `width` numbers."""
+
+    width: int
+
+
 @dataclass(frozen=True)
 class Problem:
     """A data set, split: what a model is trained and judged on.
 
     The probe is the last 5 % of the training part: a controller sees it, and so may
-    every rival. Validation and test stay untouched by training.
+    every rival. Validation and test stay untouched by training. `format` is what a
+    prediction needs beside the model, as plain values and arrays: its "kind", and the
+    vocabulary, scalers or labels. `judge(model, split)`, where a kind of data has one,
+    gives metrics beside the objective's.
     """
 
-    inputs: int  # symbols
-    outputs: int  # classes
-    train: Streams
-    probe: Streams
-    valid: Streams
-    test: Streams
-    vocabulary: str | None = None  # character i is `vocabulary[i]`; 0 is unknown
+    inputs: Symbols | Features
+    objective: Objective
+    train: Source
+    probe: Source
+    valid: Source
+    test: Source
+    format: dict[str, Any] = field(default_factory=dict)
+    judge: Callable[[Any, str], dict[str, float]] | None = None
 
     def to(self, device: torch.device) -> "Problem":
-        """The same problem, with its streams on `device`."""
+        """The same problem, with its chunks on `device`."""
         names = ("train", "probe", "valid", "test")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def next_symbol_streams(symbols: np.ndarray, batch: int) -> Streams:
+def next_symbol_streams(symbols: NDArray[Any], batch: int) -> Streams:
     """`batch` equal stretches of one long sequence of integers, each symbol's target
     the next one."""
     steps = (len(symbols) - 1) // batch
@@ -123,7 +322,10 @@ PROBE_STREAMS = 4  # few and long, so that a probe of few tokens has memory to u
 
 
 def split_symbols(
-    symbols: np.ndarray, batch: int, classes: int, vocabulary: str | None = None
+    symbols: NDArray[Any],
+    batch: int,
+    classes: int,
+    format: dict[str, Any] | None = None,
 ) -> Problem:
     """90 % for training (its last 5 % the probe), 5 % validation, 5 % test.
 
@@ -137,13 +339,13 @@ def split_symbols(
         )
     a, b, c = training_part(len(symbols))
     return Problem(
-        inputs=classes,
-        outputs=classes,
+        inputs=Symbols(classes),
+        objective=Classes(classes),
         train=next_symbol_streams(symbols[:a], batch),
         probe=next_symbol_streams(symbols[a:b], PROBE_STREAMS),
         valid=next_symbol_streams(symbols[b:c], PROBE_STREAMS),
         test=next_symbol_streams(symbols[c:], PROBE_STREAMS),
-        vocabulary=vocabulary,
+        format=format or {},
     )
 
 

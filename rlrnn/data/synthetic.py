@@ -5,7 +5,8 @@ from bisect import bisect
 import numpy as np
 import torch
 
-from rlrnn.data.chunks import PROBE_STREAMS, Problem, Streams, split_symbols
+from rlrnn.data.chunks import PROBE_STREAMS, Problem, Streams, Symbols, split_symbols
+from rlrnn.objectives import Classes
 
 
 def markov_problem(
@@ -58,8 +59,8 @@ def copy_problem(
         return Streams(*map(torch.from_numpy, lines))
 
     return Problem(
-        inputs=symbols + 2,
-        outputs=symbols + 2,
+        inputs=Symbols(symbols + 2),
+        objective=Classes(symbols + 2),
         train=streams(int(0.85 * size), batch),
         probe=streams(size // 20, PROBE_STREAMS),
         valid=streams(size // 20, PROBE_STREAMS),

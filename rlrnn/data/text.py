@@ -8,25 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from rlrnn.data.chunks import Problem, split_symbols, training_part
+from rlrnn.data.files import DataError, read_bytes
 
 UNKNOWN = "\ufffd"
 
 
-class DataError(ValueError):
-    """A data file that cannot be used, with its name and what to do."""
-
-
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. Raises DataError, in one line, if it is none."""
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"no such text file: {path}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder, expected one UTF-8 text file") from None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    raw = read_bytes(path)
     if not raw:
         raise DataError(f"{path} is empty, expected UTF-8 text")
     if b"\0" in raw:
@@ -40,7 +29,7 @@ def read_text(path: str | Path) -> str:
         where = error.start + len(raw) - len(error.object)  # a byte-order mark is cut
         raise DataError(
             f"{path} is not UTF-8 (byte 0x{raw[where]:02x} at offset {where}); "
-            f"convert it, for example with `iconv -f latin1 -t utf-8 {path.name}`"
+            f"convert it, for example with `iconv -f latin1 -t utf-8 {Path(path).name}`"
         ) from None
 
 
@@ -90,4 +79,5 @@ def text_problem(text: str, batch: int, source: str) -> Problem:
     at = np.searchsorted(known, codes).clip(max=len(known) - 1)
     symbols = np.where(known[at] == codes, at + 1, 0)
     vocabulary = UNKNOWN + "".join(map(chr, known))
-    return split_symbols(symbols, batch, len(vocabulary), vocabulary)
+    format = {"kind": "text", "vocabulary": vocabulary}
+    return split_symbols(symbols, batch, len(vocabulary), format)
