@@ -4,37 +4,30 @@ Schulman et al. 2017, "Proximal policy optimization algorithms", on whole sequen
 Shapes: T steps, B environments; S and H of the recurrent state.
 """
 
-import io
-import os
 import secrets
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar, Never
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
-from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import MaybeCallback, Schedule
 from stable_baselines3.common.utils import (
     FloatSchedule,
-    check_for_correct_spaces,
     get_system_info,
 )
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
 from rlrnn import checkpoint, losses, returns, seeding
-from rlrnn.agents import contrib
+from rlrnn.agents import contrib, files
 from rlrnn.agents.masking import masked, possible
 from rlrnn.agents.observations import columns, infinite, on_each
 from rlrnn.agents.policies import (
@@ -43,50 +36,16 @@ from rlrnn.agents.policies import (
     RecurrentPolicy,
 )
 from rlrnn.agents.rollout import Rollout, minibatches, segment_length
-from rlrnn.agents.storage import (
-    Unstorable,
-    decode,
-    decode_space,
-    encode,
-    encode_space,
-)
+from rlrnn.agents.storage import restore_statistics, statistics
 from rlrnn.agents.vector import (
     FAULTS,
+    AnyEnv,
     HostArray,
     TensorVecEnv,
     is_tensor_env,
     source_of,
 )
 from rlrnn.moments import RunningMoments
-
-AnyEnv = GymEnv | VectorEnv[Any, Any, Any]
-
-# What the constructor is given, in its order; the file holds these too.
-SETTINGS = (
-    "policy",
-    "learning_rate",
-    "n_steps",
-    "batch_size",
-    "n_epochs",
-    "gamma",
-    "gae_lambda",
-    "clip_range",
-    "clip_range_vf",
-    "normalize_advantage",
-    "ent_coef",
-    "vf_coef",
-    "max_grad_norm",
-    "use_sde",
-    "sde_sample_freq",
-    "target_kl",
-    "stats_window_size",
-    "tensorboard_log",
-    "policy_kwargs",
-    "verbose",
-    "seed",
-    "reward_scale",
-    "norm_reward",
-)
 
 
 class RecurrentPPO(OnPolicyAlgorithm):
@@ -640,7 +599,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             "last_mask": env.mask if isinstance(env, TensorVecEnv) else None,
             "spread": dict(self._spread.state_dict()),
             "returns": self._returns,
-            "normalize": None if normalize is None else _statistics(normalize),
+            "normalize": None if normalize is None else statistics(normalize),
         }
 
     def load_state_dict(self, tree: dict[str, Any]) -> None:
@@ -672,7 +631,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
             self.ep_info_buffer = deque(tree["episodes"], maxlen=window)
             self.ep_success_buffer = deque(tree["successes"], maxlen=window)
         if self._vec_normalize_env is not None and tree["normalize"] is not None:
-            _restore_statistics(self._vec_normalize_env, tree["normalize"])
+            restore_statistics(self._vec_normalize_env, tree["normalize"])
 
         env = self.env.unwrapped if self.env is not None else None
         same_size = tree["last_state"].shape == self._last_state.shape
@@ -694,7 +653,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
 
     def save(
         self,
-        path: str | os.PathLike[str] | io.BufferedIOBase,
+        path: contrib.Where,
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
@@ -704,34 +663,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
         such as a lambda as learning rate, are left out, and `load` asks for them.
         `exclude` and `include` are for compatibility: nothing is stored by its name.
         """
-        settings: dict[str, Any] = {}
-        missing: list[str] = []
-        for name in SETTINGS:
-            if name == "policy":
-                names = {made: name for name, made in self.policy_aliases.items()}
-                value: Any = names.get(self.policy_class, self.policy_class)
-            elif name == "stats_window_size":
-                value = self._stats_window_size
-            else:
-                value = getattr(self, name)
-            try:
-                settings[name] = encode(value)
-            except Unstorable:
-                missing.append(name)
-        tree = {
-            "settings": settings,
-            "missing": missing,
-            "observation_space": encode_space(self.observation_space),
-            "action_space": encode_space(self.action_space),
-            "n_envs": self.n_envs,
-            "state": self.state_dict(),
-        }
-        checkpoint.save(_with_suffix(path), tree, {"kind": "agent"})
+        files.save(self, path)
 
     @classmethod
     def load(
         cls,
-        path: str | os.PathLike[str] | io.BufferedIOBase,
+        path: contrib.Where,
         env: AnyEnv | str | None = None,
         device: torch.device | str = "auto",
         custom_objects: dict[str, Any] | None = None,
@@ -752,105 +689,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """
         if print_system_info:
             get_system_info()
-        known = {key: v for key, v in (custom_objects or {}).items() if key in SETTINGS}
-        overrides = {**known, **overrides}
-        if not (isinstance(path, (str, os.PathLike)) and Path(path).is_file()):
-            path = _with_suffix(path)
-        if contrib.recognises(path):
-            return cls._imported(path, env, device, trust, overrides)
-        name = path if isinstance(path, Path) else getattr(path, "name", "the file")
-        tree = checkpoint.load(path)
-        if not (isinstance(tree, dict) and "observation_space" in tree):
-            raise ValueError(f"{name} is a checkpoint of something else than an agent")
-        if absent := set(tree["missing"]) - overrides.keys():
-            raise ValueError(
-                f"{name} cannot hold {', '.join(sorted(absent))}, which was code: "
-                f"expected as an argument; pass load(..., {min(absent)}=...)"
-            )
-        agent = cls._assembled(
-            {**decode(tree["settings"]), **overrides},
-            decode_space(tree["observation_space"]),
-            decode_space(tree["action_space"]),
-            tree["n_envs"],
-            env,
-            device,
+        given = custom_objects or {}
+        known = {key: v for key, v in given.items() if key in files.SETTINGS}
+        agent: RecurrentPPO = files.load(
+            cls, path, env, device, trust, {**known, **overrides}
         )
-        normalized = "obs" in (tree["state"]["normalize"] or {})
-        if normalized and agent.env is not None and agent._vec_normalize_env is None:
-            raise ValueError(
-                f"{name} learned on normalised observations, env has them raw: "
-                "expected a VecNormalize, into which the statistics go; wrap env"
-            )
-        try:
-            agent.load_state_dict(tree["state"])
-        except RuntimeError as error:  # torch lists all weights, a line each
-            raise ValueError(
-                f"{name} has the weights of another policy than its settings and "
-                f"{sorted(overrides) or 'no'} overrides make: expected the same; leave "
-                "policy and policy_kwargs out"
-            ) from error
         if force_reset:
             agent._last_obs = None
-        return agent
-
-    @classmethod
-    def _imported(
-        cls,
-        path: str | os.PathLike[str] | io.BufferedIOBase,
-        env: AnyEnv | str | None,
-        device: torch.device | str,
-        trust: bool,
-        overrides: dict[str, Any],
-    ) -> "RecurrentPPO":
-        """An agent of sb3-contrib: its weights, optimiser, settings and counters."""
-        saved = contrib.read(path, SETTINGS, overrides.keys(), trust)
-        settings = {**saved.settings, **overrides}
-        policy = settings["policy"]
-        if isinstance(policy, str) and policy not in cls.policy_aliases:
-            raise ValueError(
-                f"the file has a {policy}, which is not supported yet: expected one "
-                f"of {', '.join(cls.policy_aliases)}"
-            )
-        chosen = cls.policy_aliases[policy] if isinstance(policy, str) else policy
-        settings["policy_kwargs"] = contrib.fitting(
-            settings.get("policy_kwargs") or {}, chosen
-        )
-        agent = cls._assembled(
-            settings,
-            saved.observation_space,
-            saved.action_space,
-            saved.n_envs,
-            env,
-            device,
-        )
-        contrib.load_parameters(agent.policy, saved.weights, saved.optimizer)
-        agent.num_timesteps = saved.num_timesteps
-        agent._n_updates = saved.n_updates
-        agent._current_progress_remaining = saved.progress_remaining
-        return agent
-
-    @classmethod
-    def _assembled(
-        cls,
-        settings: dict[str, Any],
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Space[Any],
-        n_envs: int,
-        env: AnyEnv | str | None,
-        device: torch.device | str,
-    ) -> "RecurrentPPO":
-        """A new agent for these spaces, which `env` must have."""
-        if env is not None:
-            if isinstance(env, str):
-                env = maybe_make_env(env, settings["verbose"])
-            env = cls._wrap_env(env)
-            check_for_correct_spaces(env, observation_space, action_space)
-        agent = cls(env=env, device=device, _init_setup_model=False, **settings)
-        if env is None:
-            agent.observation_space = observation_space
-            agent.action_space = action_space
-            agent.n_envs = n_envs
-        agent._setup_model()
         return agent
 
     def set_parameters(
@@ -865,8 +710,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """
         given = load_path_or_dict
         if not isinstance(given, dict):
-            if not (isinstance(given, (str, os.PathLike)) and Path(given).is_file()):
-                given = _with_suffix(given)
+            given = files.existing(given)
             if contrib.recognises(given):
                 weights, optimizer = contrib.read_parameters(given)
                 contrib.load_parameters(self.policy, weights, optimizer)
@@ -925,35 +769,3 @@ class _Update:
         if self.grad_norms:
             numbers["train/grad_norm"] = torch.stack(self.grad_norms).mean()
         return numbers
-
-
-def _with_suffix(path: Any) -> Any:
-    """`agent` → `agent.zip`, as Stable-Baselines3 has it; file objects as they are."""
-    if not isinstance(path, (str, os.PathLike)):
-        return path
-    path = Path(path)
-    return path if path.suffix == ".zip" else path.with_name(f"{path.name}.zip")
-
-
-def _statistics(normalize: VecNormalize) -> dict[str, Any]:
-    """The running statistics of a VecNormalize, as arrays."""
-
-    def moments(r: RunningMeanStd) -> dict[str, Any]:
-        return {"mean": np.asarray(r.mean), "var": np.asarray(r.var), "count": r.count}
-
-    result = {"ret": moments(normalize.ret_rms), "returns": normalize.returns.copy()}
-    if normalize.norm_obs:
-        result["obs"] = on_each(moments, normalize.obs_rms)
-    return result
-
-
-def _restore_statistics(normalize: VecNormalize, tree: dict[str, Any]) -> None:
-
-    def restore(r: RunningMeanStd, moments: dict[str, Any]) -> None:
-        r.mean, r.var, r.count = (moments[k] for k in ("mean", "var", "count"))
-
-    restore(normalize.ret_rms, tree["ret"])
-    if normalize.norm_obs and "obs" in tree:
-        on_each(restore, normalize.obs_rms, tree["obs"])
-    if tree["returns"].shape == normalize.returns.shape:
-        normalize.returns = tree["returns"]

@@ -1,4 +1,4 @@
-"""Settings of an agent as plain trees, and back. Nothing in a tree is ever executed.
+"""Parts of an agent as plain trees, and back. Nothing in a tree is ever executed.
 
 Spaces, schedules and network classes are written by name from a fixed list. What is not
 on it, a function of one's own, cannot be stored: `Unstorable` says so.
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import (
     CombinedExtractor,
@@ -20,7 +21,10 @@ from stable_baselines3.common.utils import (
     FloatSchedule,
     LinearSchedule,
 )
+from stable_baselines3.common.vec_env import VecNormalize
 from torch import nn, optim
+
+from rlrnn.agents.observations import on_each
 
 CLASSES: dict[str, type[Any]] = {
     cls.__name__: cls
@@ -127,3 +131,27 @@ def decode_space(tree: dict[str, Any]) -> spaces.Space[Any]:
             # in this order: a plain dict would be sorted
             return spaces.Dict(OrderedDict((k, decode_space(p)) for k, p in parts))
     raise ValueError(f"the file describes an unknown space: {str(tree)[:80]}")
+
+
+def statistics(normalize: VecNormalize) -> dict[str, Any]:
+    """The running statistics of a VecNormalize, as arrays."""
+
+    def moments(r: RunningMeanStd) -> dict[str, Any]:
+        return {"mean": np.asarray(r.mean), "var": np.asarray(r.var), "count": r.count}
+
+    result = {"ret": moments(normalize.ret_rms), "returns": normalize.returns.copy()}
+    if normalize.norm_obs:
+        result["obs"] = on_each(moments, normalize.obs_rms)
+    return result
+
+
+def restore_statistics(normalize: VecNormalize, tree: dict[str, Any]) -> None:
+
+    def restore(r: RunningMeanStd, moments: dict[str, Any]) -> None:
+        r.mean, r.var, r.count = (moments[k] for k in ("mean", "var", "count"))
+
+    restore(normalize.ret_rms, tree["ret"])
+    if normalize.norm_obs and "obs" in tree:
+        on_each(restore, normalize.obs_rms, tree["obs"])
+    if tree["returns"].shape == normalize.returns.shape:
+        normalize.returns = tree["returns"]

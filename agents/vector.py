@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch import Tensor
 from rlrnn.agents import masking
 from rlrnn.agents.observations import Batch, on_each, parts
 
+AnyEnv = GymEnv | VectorEnv[Any, Any, Any]
 Episode = dict[str, Any]  # {"r": return, "l": length, "t": seconds}, as Monitor has it
 
 
