@@ -15,15 +15,17 @@ optimiser are a few passes over matrices.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from rlrnn import compiled, kernels, kernels_stacked
 from rlrnn.models import ModelConfig, SequenceModel
-from rlrnn.objectives import Objective
+from rlrnn.objectives import Numbers, Objective
+from rlrnn.recurrent import compiles
 
 MOMENTUM, BETA_1, BETA_2, EPSILON = 0.9, 0.9, 0.999, 1e-8  # torch.optim's
 
@@ -124,7 +126,9 @@ class Done(NamedTuple):
     | norm  | [N]          | of the gradient, before the clip                        |
     | state | [N, S, B, H] | after the last step                                     |
     | far   | [N]          | norm of the gradient of the state before the first step |
-    | near  | [N]          | ... and in the middle; both NaN if not watched          |
+    | near  | [N]          | ... and in the middle                                   |
+
+    `far` and `near` are NaN if not watched; all norms where nothing was updated.
     """
 
     loss: Tensor
@@ -167,6 +171,7 @@ class Stack:
         self.second = torch.zeros_like(self.weights)
         self.rules = Rules.of(optimizers, weight_decay, self.weights.device)
         self.updates = torch.zeros_like(self.rules.keeps)
+        self._works: dict[tuple[int, int], list[kernels_stacked.Work]] = {}
 
     def write(self, models: Sequence[SequenceModel]) -> None:
         """Copies the weights into M models."""
@@ -204,6 +209,21 @@ class Stack:
 
         loss = objective.total(out, y, mask) / scale
         """
+        if compiles(self.weights):
+            return self._run(windows, state, lr, clip, chosen, active, watch)
+        return self.reference(windows, state, lr, clip, chosen, active, watch)
+
+    def reference(
+        self,
+        windows: Windows,
+        state: Float[Tensor, "N S B H"],
+        lr: Float[Tensor, "N"],
+        clip: Float[Tensor, "N"],
+        chosen: Int[Tensor, "N"] | None = None,
+        active: Bool[Tensor, "N"] | None = None,
+        watch: bool = False,
+    ) -> Done:
+        """`window` by torch's autograd."""
         weights = self._of(self.weights, chosen).detach().requires_grad_()
         given, parts = state.detach(), [windows]
         if watch:
@@ -219,10 +239,14 @@ class Stack:
         watched = states[:2] if watch else []
         grad, *seen = torch.autograd.grad(loss.sum(), [weights, *watched])
         norm = torch.linalg.vector_norm(grad, dim=1)
-        far, near = [_norms(d) for d in seen] or 2 * [torch.full_like(norm, math.nan)]
+        nothing = torch.full_like(norm, math.nan)
+        far, near = [_norms(d) for d in seen] or [nothing, nothing]
         grad *= (clip.to(grad) / (norm + 1e-6)).clamp(max=1.0)[:, None]
         self._update(grad, lr, chosen, active)
-        return Done(loss.detach(), norm, states[-1].detach(), far, near)
+        norms = [norm, far, near]
+        if active is not None:
+            norms = [torch.where(active, each, nothing) for each in norms]
+        return Done(loss.detach(), norms[0], states[-1].detach(), *norms[1:])
 
     @torch.no_grad()
     def evaluate(
@@ -232,6 +256,19 @@ class Stack:
         chosen: Int[Tensor, "N"] | None = None,
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N S B H"]]:
         """The loss as in `window`, and the state after; nothing else changes."""
+        if compiles(self.weights):
+            done = self._run(windows, state, chosen=chosen)
+            return done.loss, done.state
+        return self.reference_evaluate(windows, state, chosen)
+
+    @torch.no_grad()
+    def reference_evaluate(
+        self,
+        windows: Windows,
+        state: Float[Tensor, "N S B H"],
+        chosen: Int[Tensor, "N"] | None = None,
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N S B H"]]:
+        """`evaluate` by torch."""
         out, after = self._forward(self._of(self.weights, chosen), windows, state)
         return self._loss(out, windows), after
 
@@ -261,6 +298,95 @@ class Stack:
         total = torch.vmap(self.objective.total, (0, 0, where))
         return total(out, windows.y, windows.mask) / windows.scale.to(out)
 
+    def _run(
+        self,
+        windows: Windows,
+        state: Tensor,
+        lr: Tensor | None = None,
+        clip: Tensor | None = None,
+        chosen: Tensor | None = None,
+        active: Tensor | None = None,
+        watch: bool = False,
+    ) -> Done:
+        """`window`, and without rates `evaluate`, by `rlrnn.kernels_stacked`; as many
+        models at once as there are threads."""
+        form, like = self.form, self.weights
+        count, steps, columns = windows.x.shape[:3]
+        loss = _compiled_loss(self.objective)
+        positions = steps * columns
+        inputs = windows.x.reshape(count, positions, -1)
+        targets = windows.y.reshape(count, positions, -1)
+        values = windows.y.is_floating_point()
+        indices = torch.empty(count, 0, dtype=torch.int64)
+        numbers = like.new_empty(count, 0, 0)
+        starts = windows.starts
+        if starts is None:
+            starts = torch.zeros(windows.x.shape[:3], dtype=torch.bool)
+        mask = windows.mask
+        if mask is None:
+            mask = torch.empty(count, 0, dtype=torch.bool)
+        data = kernels_stacked.Data(
+            symbols=_array(inputs[..., 0] if form.symbols else indices),
+            features=_array(numbers if form.symbols else inputs.to(like)),
+            classes=_array(indices if values else targets[..., 0]),
+            values=_array(targets.to(like) if values else numbers),
+            starts=_array(starts),
+            mask=_array(mask.reshape(count, -1)),
+            scale=_array(windows.scale.double()),
+            state=_array(state.to(like)),
+        )
+        everyone = torch.arange(count)
+        ones = torch.ones(count, dtype=torch.float64)
+        learning = kernels_stacked.Learning(
+            rows=_array(everyone if chosen is None else chosen),
+            active=_array(ones.bool() if active is None else active),
+            lr=_array(ones if lr is None else lr.double()),
+            clip=_array(ones if clip is None else clip.double()),
+            weights=self.weights.numpy(),
+            grads=self.grads.numpy(),
+            first=self.first.numpy(),
+            second=self.second.numpy(),
+            updates=self.updates.numpy(),
+            **{name: _array(rule) for name, rule in self.rules._asdict().items()},
+        )
+        figures = torch.full((4, count), math.nan, dtype=torch.float64)
+        after = torch.empty_like(state, memory_format=torch.contiguous_format)
+        results = kernels_stacked.Results(*figures.numpy(), after.numpy())
+        sizes = kernels_stacked.Sizes(
+            kernels_stacked.CELLS.index(form.cell),
+            form.layers,
+            form.symbols,
+            form.dense or 0,
+            form.width,
+            form.hidden_size,
+            form.outputs,
+            loss,
+            kernels.panel_width(data.state.dtype),
+            steps // 2 if watch else 0,
+        )
+        threads = min(compiled.threads(), count)
+        works = self._works.setdefault((steps, columns), [])
+        while len(works) < threads:
+            works.append(kernels_stacked.work(sizes, form.shapes, data))
+        stages = kernels_stacked.FORWARD | kernels_stacked.LOSS
+        if lr is not None:
+            stages |= kernels_stacked.BACKWARD
+        size = max(1, count // (4 * threads))
+        turns = iter(range(0, count, size))
+
+        def job(thread: int) -> None:
+            for begin in turns:  # whoever is free takes the next ones
+                end = min(begin + size, count)
+                kernels_stacked.run(
+                    begin, end, stages, 0, sizes, data, learning, results, works[thread]
+                )
+
+        compiled.in_parallel(job, threads, threads)
+        if not watch:
+            figures[2:] = math.nan
+        losses, *norms = figures.to(like)
+        return Done(losses, norms[0], after, *norms[1:])
+
     def _of(self, rows: Tensor, chosen: Tensor | None) -> Tensor:
         return rows if chosen is None else rows[chosen]
 
@@ -284,6 +410,7 @@ class Stack:
         g = grad + column(rules.coupled) * weights
         m = column(rules.keeps) * first + column(rules.takes) * g
         v = BETA_2 * second + (1 - BETA_2) * g * g
+        v = torch.where(rules.adaptive[:, None], v, second)
         root = v.sqrt() / column((1 - BETA_2**updates).sqrt()) + EPSILON
         root = torch.where(rules.adaptive[:, None], root, 1.0)
         step = torch.where(rules.adaptive, rate / (1 - rules.keeps**updates), rate)
@@ -371,6 +498,19 @@ def _layer(
         outputs.append(h)
     last = [h, c] if cell == "lstm" else [h]
     return torch.stack(outputs, 1), torch.stack(last, 1)
+
+
+def _compiled_loss(objective: Objective) -> int:
+    """Its place in `kernels_stacked.LOSSES`; -1 for another."""
+    name = type(objective).__name__.lower()
+    if isinstance(objective, Numbers):
+        name = objective.loss
+    names = kernels_stacked.LOSSES
+    return names.index(name) if name in names else -1
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().numpy()
 
 
 def _halves(windows: Windows) -> list[Windows]:
