@@ -10,6 +10,8 @@ A `Source` gives them, for one split of one data set. There are two kinds:
 K, T: time steps. B: streams or sequences. Time comes first.
 """
 
+import copy
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -122,7 +124,7 @@ class Streams:
         return truncation
 
     def typical(self, truncation: int) -> float:
-        return truncation
+        return float(truncation)
 
     def window(self, t: int, steps: int) -> Chunk:
         t %= self.length
@@ -153,14 +155,15 @@ class Streams:
 class Batches:
     """Whole sequences of any length, those of like length in one padded batch.
 
-    Each pass takes the batches in another order, a function of `seed` and the pass
-    (seed None: always by length). Padding begins with a start, so that a pass backwards
-    in time finds where each sequence ends.
+    Each pass draws its batches anew, from `seed` and its number; seed None: always by
+    length. Like means within 15 %: batches of one length alone would often be of one
+    class or one speaker. Padding begins with a start, so that a pass backwards in time
+    finds where each sequence ends. The data lie end to end on the device, unpadded.
 
     Args:
         sequences: features [T, D] or symbols [T], each with its own T.
-        targets: for each sequence a label, its frames' targets [T, ...], or, with
-            `ctc`, its labels [S].
+        targets: for each sequence a class, or a number (y is then [T, B, 1]), or its
+            frames' targets [T, ...], or, with `ctc`, its labels [S].
         batch: sequences in a batch.
         ctc: targets are shorter than sequences, and not aligned with them.
     """
@@ -170,103 +173,107 @@ class Batches:
     def __init__(
         self,
         sequences: Sequence[NDArray[Any]],
-        targets: Sequence[NDArray[Any] | int | np.integer[Any]],
+        targets: Sequence[NDArray[Any] | float | int | np.generic],
         batch: int,
         seed: int | None = None,
         ctc: bool = False,
-        device: torch.device | None = None,
     ) -> None:
-        self.sequences = [np.asarray(sequence) for sequence in sequences]
-        self.targets = [np.asarray(target) for target in targets]
-        self.batch, self.seed, self.ctc, self.device = batch, seed, ctc, device
-        lengths = np.array([len(sequence) for sequence in self.sequences])
-        by_length = np.argsort(lengths, kind="stable")
-        cuts = range(0, len(by_length), batch)
-        self.members = [by_length[cut : cut + batch] for cut in cuts]
-        self.lengths = np.array([lengths[group].max() for group in self.members])
-        self.length = int(self.lengths.sum())
-        dues = [sum(self._due(i) for i in group) for group in self.members]
-        self.scale = float(np.mean(dues))
-        self._lap: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
-        self._made: dict[int, Chunk] = {}
-
-    def _due(self, index: int) -> int:
-        """The losses that one sequence asks for."""
-        return self.targets[index].shape[0] if self.targets[index].ndim else 1
+        assert len(sequences) == len(targets) > 0
+        goals = [np.asarray(target) for target in targets]
+        self.batch, self.seed, self.ctc = batch, seed, ctc
+        self.one = goals[0].ndim == 0  # target for a whole sequence
+        if self.one:
+            shape = (1, 1) if goals[0].dtype.kind == "f" else (1,)
+            goals = [goal.reshape(shape) for goal in goals]
+        self.x = _end_to_end([np.asarray(sequence) for sequence in sequences])
+        self.y = _end_to_end(goals)
+        self.lengths = np.array([len(sequence) for sequence in sequences])
+        self.dues = np.array([len(goal) for goal in goals])  # losses each asks for
+        self.x_begins = np.cumsum(self.lengths) - self.lengths
+        self.y_begins = np.cumsum(self.dues) - self.dues
+        self.rank = self.lengths if seed is None else _rounded_up(self.lengths)
+        cuts = range(batch, len(self.rank) + batch, batch)
+        # The time steps of each batch: the same ones in each pass.
+        self.spans = np.array([np.sort(self.rank)[:cut][-1] for cut in cuts])
+        self.length = int(self.spans.sum())
+        self.scale = float(self.dues.sum() / len(self.spans))
+        self._pass: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def to(self, device: torch.device) -> "Batches":
-        return Batches(
-            self.sequences, self.targets, self.batch, self.seed, self.ctc, device
-        )
+        moved = copy.copy(self)
+        moved.x, moved.y = self.x.to(device), self.y.to(device)
+        return moved
 
     def fingerprint(self) -> int:
-        crc = 0
-        for sequence in self.sequences:
-            crc = zlib.crc32(np.ascontiguousarray(sequence).tobytes(), crc)
-        return crc
+        return zlib.crc32(self.x.cpu().numpy().tobytes())
 
-    def _at(self, t: int) -> tuple[int, int]:
-        """The batch that begins at `t` and its length."""
+    def _at(self, t: int) -> tuple[NDArray[np.int64], int]:
+        """The sequences of the batch that begins at `t`, and its length."""
         lap, within = divmod(t, self.length)
-        if self._lap is None or self._lap[0] != lap:
-            order = np.arange(len(self.members))
-            if self.seed is not None:
-                rng = np.random.default_rng(seeding.derive(self.seed, "pass", lap))
-                order = rng.permutation(order)
-            begins = np.concatenate(([0], np.cumsum(self.lengths[order])))
-            self._lap = lap, order, begins
-        _, order, begins = self._lap
+        if self._pass is None or self._pass[0] != lap:
+            self._pass = lap, *self._draw(lap)
+        _, sequences, numbers = self._pass
+        begins = np.cumsum(self.spans[numbers]) - self.spans[numbers]
         place = int(np.searchsorted(begins, within))
         assert begins[place] == within, "a window begins where a batch does"
-        number = int(order[place])
-        return number, int(self.lengths[number])
+        first = int(numbers[place]) * self.batch
+        return sequences[first : first + self.batch], int(self.spans[numbers[place]])
+
+    def _draw(self, lap: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """A pass: sequences, those of a batch side by side; the order of batches."""
+        order, numbers = np.arange(len(self.rank)), np.arange(len(self.spans))
+        if self.seed is not None:
+            rng = np.random.default_rng(seeding.derive(self.seed, "pass", lap))
+            order, numbers = rng.permutation(order), rng.permutation(numbers)
+        return order[np.argsort(self.rank[order], kind="stable")], numbers
 
     def span(self, t: int, truncation: int) -> int:
         return self._at(t)[1]
 
     def typical(self, truncation: int) -> float:
-        return self.length / len(self.members)
+        return self.length / len(self.spans)
 
     def window(self, t: int, steps: int) -> Chunk:
-        number, length = self._at(t)
+        members, length = self._at(t)
         assert steps == length, "a window is a whole batch"
-        if number not in self._made:  # made once, and kept on the device
-            self._made[number] = self._make(self.members[number], length)
-        return self._made[number]
-
-    def _make(self, members: NDArray[np.int64], length: int) -> Chunk:
-        chosen = [self.sequences[i] for i in members]
-        targets = [self.targets[i] for i in members]
-        shape = (length, len(members))
-        x = np.zeros(shape + chosen[0].shape[1:], _dtype(chosen[0]))
-        starts, mask = np.zeros(shape, bool), np.zeros(shape, bool)
-        for b, sequence in enumerate(chosen):
-            end = len(sequence)
-            x[:end, b] = sequence
-            starts[0, b] = True
-            if end < length:
-                starts[end, b] = True
-            last_only = targets[b].ndim == 0
-            mask[end - 1 if last_only else 0 : end, b] = True
+        ends = self._there(self.lengths[members])
+        step = torch.arange(length, device=self.x.device).unsqueeze(1)  # [T, 1]
+        inside = step < ends  # [T, B]
+        at = torch.where(inside, step + self._there(self.x_begins[members]), 0)
+        x = self.x[at]
+        x = x.masked_fill(~inside.view(*inside.shape, *[1] * (x.dim() - 2)), 0)
+        starts = (step == 0) | (step == ends)
+        first = self._there(self.y_begins[members])
         if self.ctc:
-            longest = max(1, max(len(target) for target in targets))
-            y = np.full((longest, len(members)), -1, np.int64)
+            most = max(1, int(self.dues[members].max()))
+            label = torch.arange(most, device=self.x.device).unsqueeze(1)  # [S, 1]
+            there = label < self._there(self.dues[members])
+            y = torch.where(there, self.y[torch.where(there, label + first, 0)], -1)
+        elif self.one:
+            y = self.y[first].expand(length, *self.y[first].shape)
         else:
-            y = np.zeros(shape + targets[0].shape[1:], _dtype(targets[0]))
-        for b, target in enumerate(targets):
-            if target.ndim == 0:
-                y[:, b] = target
-            else:
-                y[: len(target), b] = target
-        due = sum(self._due(i) for i in members) / self.scale
-        x_, y_, starts_, mask_ = (
-            torch.from_numpy(a).to(self.device) for a in (x, y, starts, mask)
-        )
-        return Chunk(x_, y_, starts_, mask_, self.scale, float(due))
+            y = self.y[at]
+        mask = step == ends - 1 if self.one else inside
+        due = float(self.dues[members].sum() / self.scale)
+        return Chunk(x, y, starts, mask, self.scale, due)
+
+    def _there(self, numbers: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.x.device)
 
 
-def _dtype(array: NDArray[Any]) -> type[np.generic]:
-    return np.int64 if array.dtype.kind in "iub" else np.float32
+def _end_to_end(arrays: Sequence[NDArray[Any]]) -> Tensor:
+    """One after the other, as int64 or float32."""
+    whole = arrays[0].dtype.kind in "iub"
+    joined = np.concatenate(arrays).astype(np.int64 if whole else np.float32)
+    return torch.from_numpy(joined)
+
+
+def _rounded_up(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The longest of the lengths that are alike, for each."""
+    group = (np.log(np.maximum(lengths, 1)) / math.log(1.15)).astype(np.int64)
+    longest = np.zeros(group.max() + 1, np.int64)
+    np.maximum.at(longest, group, lengths)
+    return longest[group]
 
 
 @dataclass(frozen=True)
