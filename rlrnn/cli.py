@@ -1,4 +1,4 @@
-"""The command line: `rlrnn train | fit | tune | evaluate | play | demo`.
+"""The command line: `rlrnn train | fit | tune | evaluate | predict | export | ...`.
 
 Exit codes: 0 done; 2 bad input, with one line that says what to do; 130 and 143
 stopped by SIGINT and SIGTERM, after saving; anything else is our mistake.
@@ -37,6 +37,7 @@ usage: rlrnn COMMAND [options]
   fit        a recurrent model on sequences, under a controller of rate and truncation
   tune       a controller: the agent, playing training runs
   evaluate   a finished run: rlrnn evaluate RUN
+  export     a finished run's model or agent as ONNX: rlrnn export RUN
   play       an environment in the terminal, yourself or by a run's agent
   demo       all of it, in a few minutes
 
@@ -345,6 +346,26 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _export(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="rlrnn export",
+        description="A finished run's model or agent as an ONNX graph with an explicit "
+        "recurrent state, replayed against torch.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--output", help="default: in the run folder")
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="a model over any number of time steps; default: one step",
+    )
+    options = parser.parse_args(arguments)
+    from rlrnn.export import export_run
+
+    _report(export_run(options.run, options.output, options.whole))
+    return 0
+
+
 def _play(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="rlrnn play",
@@ -398,13 +419,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command in FLOWS:
             return _flow(command, rest)
-        if command == "evaluate":
-            return _evaluate(rest)
-        if command == "play":
-            return _play(rest)
-        if command == "demo":
-            return _demo(rest)
-        commands = [*FLOWS, "evaluate", "play", "demo"]
+        others = {
+            "evaluate": _evaluate,
+            "export": _export,
+            "play": _play,
+            "demo": _demo,
+        }
+        if command in others:
+            return others[command](rest)
+        commands = [*FLOWS, *others]
         raise UsageError(
             f"unknown command {command!r}: expected {', '.join(commands)}"
             + _nearest(command, commands)

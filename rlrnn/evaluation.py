@@ -1,12 +1,14 @@
 """How good a model is on a split: its loss and the field's metrics."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlrnn.data.chunks import Chunk, Source
+from rlrnn.data.chunks import Chunk, Problem, Source
 from rlrnn.models import SequenceModel
 from rlrnn.objectives import Objective, Sums
 
@@ -52,10 +54,11 @@ def mean_loss(
     return total / due
 
 
-def score(
+def tally(
     model: SequenceModel, objective: Objective, source: Source
-) -> dict[str, float]:
-    """The objective's metrics over one pass of a source."""
+) -> tuple[Sums, float]:
+    """The sums from which metrics are made, over one pass of a source, and its due
+    losses; on the CPU."""
     sums: Sums = {}
     due = 0.0
     with evaluating(model):
@@ -63,4 +66,39 @@ def score(
             for name, value in objective.tally(out, chunk.y, chunk.mask).items():
                 sums[name] = sums[name] + value if name in sums else value
             due += chunk.due * chunk.scale
-    return objective.report({name: v.cpu() for name, v in sums.items()}, due)
+    return {name: value.cpu() for name, value in sums.items()}, due
+
+
+def score(model: SequenceModel, problem: Problem, split: str) -> dict[str, float]:
+    """The metrics of a part of a problem (valid or test)."""
+    source = getattr(problem, split)
+    figures = problem.objective.report(*tally(model, problem.objective, source))
+    if problem.judge is not None:
+        figures |= problem.judge(model, split)
+    return figures
+
+
+def inference_speed(model: SequenceModel, source: Source) -> dict[str, float]:
+    """Microseconds of one streamed step of one sequence (the median of 200; not for a
+    bidirectional model), and time steps per second of whole windows."""
+    span = source.span(0, WINDOW)
+    chunk = source.window(0, span)
+    figures = {}
+    with evaluating(model):
+        state = model.initial_state(chunk.x.shape[1])
+        rounds = [_seconds(lambda: model(chunk.x, state, chunk.starts)) for _ in "123"]
+        tokens = chunk.x.shape[0] * chunk.x.shape[1]
+        figures["time/steps_per_second"] = tokens / min(rounds)
+        if not model.config.bidirectional:
+            x, one = chunk.x[:1, :1], model.initial_state(1)
+            steps = [_seconds(lambda: model(x, one)) for _ in range(220)][20:]
+            figures["time/step_microseconds"] = 1e6 * sorted(steps)[len(steps) // 2]
+    return figures
+
+
+def _seconds(job: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    job()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

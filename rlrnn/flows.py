@@ -30,7 +30,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 from tqdm.auto import tqdm
 
-from rlrnn import __version__, checkpoint, plots, seeding
+from rlrnn import __version__, plots, seeding
 from rlrnn.agents import RecurrentPPO
 from rlrnn.agents.controller import (
     SHIPPED,
@@ -51,8 +51,11 @@ from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneCon
 from rlrnn.control import NO_OP, UNLEARNED, Controller, Signals, prior
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
+from rlrnn.evaluation import inference_speed, score, tally
+from rlrnn.finished import load_model, same, save_model
 from rlrnn.models import ModelConfig
-from rlrnn.tasks import DataConfig, Task, Tasks, build_trainer
+from rlrnn.objectives import Classes
+from rlrnn.tasks import DataConfig, Task, Tasks, build_problem, build_trainer
 from rlrnn.tracking import LoggerMirror, NotARunError, Run, read_metrics
 from rlrnn.training import Trainer, TrainingConfig
 
@@ -578,7 +581,7 @@ def _fit(
             "time/seconds": seconds,
             "time/tokens_per_second": (trainer.spent - first) / seconds,
         }
-        save_model(run.folder / "model.zip", trainer, config)
+        save_model(run.folder / "model.zip", trainer, config_to_tree(config))
         run.artifact(run.folder / "model.zip", f"model-{run.folder.name}", "model")
         plot = plots.plot_fits(
             {config.controller: read_metrics(run.folder)},
@@ -611,18 +614,6 @@ def _held_out(trainer: Trainer, split: str) -> Summary:
     """The metrics of a split; not charged to the budget."""
     figures = trainer.score(split)
     return {f"{split}_{name}": value for name, value in figures.items()}
-
-
-def save_model(path: Path, trainer: Trainer, config: FitConfig) -> None:
-    """Weights, data format and config of a trained model, in one safe file."""
-    with trainer.kept_weights():
-        weights = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    tree = {
-        "model": weights,
-        "format": trainer.problem.format,
-        "config": config_to_tree(config),
-    }
-    checkpoint.save(path, tree, {"kind": "model"})
 
 
 # --- tune: the agent on the tuning environment ----------------------------------------
@@ -879,18 +870,34 @@ def _evaluate(folder: Path, config: Config) -> Summary:
         agent = RecurrentPPO.load(finished("agent.zip"), device=device)
         return _evaluate_agent(agent, config)
     if isinstance(config, FitConfig):
-        tree = checkpoint.load(finished("model.zip"))
-        trainer = build_trainer(fit_task(config), config.device)
-        if tree["format"] != trainer.problem.format:
-            source = config.data.path or "the standard library of this Python"
-            raise ValueError(
-                f"{folder} was trained on another text than {source} has now; "
-                "restore the text"
-            )
-        trainer.model.load_state_dict(tree["model"])
-        return {**_held_out(trainer, "valid"), **_held_out(trainer, "test")}
+        return _evaluate_model(folder, config)
     path = finished("controller.zip")
     scores = compare_with_prior(
         load_controller(path), config.tasks, config.eval_tasks, config.seed, True
     )
     return {**controller_card(path), **scores}
+
+
+def _evaluate_model(folder: Path, config: FitConfig) -> Summary:
+    """The metrics of the untouched parts, and how fast the model is. Writes
+    `confusion.png` where there are classes with names."""
+    device = resolve_device(config.device)
+    finished = load_model(folder, device)
+    problem = build_problem(fit_task(config)).to(device)
+    if not same(finished.format, problem.format):
+        source = config.data.path or "the standard library of this Python"
+        raise ValueError(
+            f"{folder} was trained on other data than {source} has now; restore them"
+        )
+    figures: Summary = {}
+    for split in ("valid", "test"):
+        for name, value in score(finished.model, problem, split).items():
+            figures[f"{split}_{name}"] = value
+    sums, _ = tally(finished.model, problem.objective, problem.test)
+    if isinstance(problem.objective, Classes) and "confusion" in sums:
+        plots.plot_confusion(
+            sums["confusion"].numpy(),
+            problem.objective.names,
+            folder / "confusion.png",
+        )
+    return figures | inference_speed(finished.model, problem.test)

@@ -90,9 +90,11 @@ class SequenceModel(nn.Module):
         for layer in range(config.layers):
             for _ in range(stacks):
                 reads = width if layer == 0 else stacks * config.hidden_size
-                core = Recurrent(reads, config.hidden_size, 1, config.cell)
-                core.weight_drop = config.weight_drop
-                self.cores.append(core)
+                self.cores.append(
+                    Recurrent(
+                        reads, config.hidden_size, 1, config.cell, config.weight_drop
+                    )
+                )
             if config.layer_norm:
                 self.norms.append(nn.LayerNorm(stacks * config.hidden_size))
         width = stacks * config.hidden_size
@@ -103,7 +105,6 @@ class SequenceModel(nn.Module):
         self.head = nn.Linear(width, outputs)
         if config.tied:
             self._tie(inputs, outputs, width)
-        self.rows = [len(core.initial_state(1)) for core in self._cores()]
         self.generator: torch.Generator | None = None
 
     def _make_encoder(self, inputs: Symbols | Features) -> int:
@@ -179,11 +180,10 @@ class SequenceModel(nn.Module):
         for layer in range(config.layers):
             outputs = []
             for direction in range(stacks):
-                number = layer * stacks + direction
-                core = self.cores[number]
+                core = self.cores[layer * stacks + direction]
                 assert isinstance(core, Recurrent)
-                before = state[rows : rows + self.rows[number]]
-                rows += self.rows[number]
+                before = state[rows : rows + core.rows]
+                rows += core.rows
                 if direction == 0:
                     out, new = core(y, before, starts)
                 else:
@@ -217,11 +217,10 @@ def _backwards(
 ) -> tuple[Tensor, Tensor]:
     """`core` over time reversed: where a sequence ends, it begins. What comes before a
     window's last step is not there, so the window is a whole sequence."""
-    if starts is None:
-        ends = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-    else:
-        ends = torch.cat((starts[1:], torch.ones_like(starts[:1])))
-    y, after = core(x.flip(0), torch.zeros_like(state), ends.flip(0))
+    ends = None
+    if starts is not None:
+        ends = torch.cat((starts[1:], torch.ones_like(starts[:1]))).flip(0)
+    y, after = core(x.flip(0), torch.zeros_like(state), ends)
     return y.flip(0), after
 
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -84,5 +86,27 @@ def plot_tuning(rows: Rows, path: Path) -> Path:
     axis.set(xlabel="training runs played", ylabel="mean log(first / last probe loss)")
     axis.set_title("meta-training (sampled actions)")
     axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_confusion(counts: NDArray[Any], names: Sequence[str], path: Path) -> Path:
+    """How often each class (rows) was taken for each (columns)."""
+    from matplotlib.figure import Figure
+
+    size = min(12.0, 3 + 0.45 * len(names))
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0)
+    places = range(len(names))
+    axis.set_xticks(places, names, rotation=90)
+    axis.set_yticks(places, names)
+    axis.set(xlabel="predicted", ylabel="true")
+    if len(names) <= 20:
+        for i in places:
+            for j in places:
+                shade = "white" if counts[i, j] > 0.5 * counts[i].sum() else "black"
+                number = f"{counts[i, j]:.0f}"
+                axis.text(j, i, number, ha="center", va="center", color=shade)
     figure.savefig(path, dpi=120)
     return path

@@ -108,6 +108,10 @@ class Recurrent(nn.Module):
         state is zero before that step, and no gradient crosses it. `starts=None` says
         that no sequence begins.
         """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            # for an export: operations that ONNX has
+            one = starts is not None or x.shape[0] == 1
+            return self.reference(x, state, starts) if one else self._unbroken(x, state)
         if self.parallel:
             return self._result(self._scanned(x, state, starts))
         if compiles(x):

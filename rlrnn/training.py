@@ -463,12 +463,8 @@ class Trainer:
     def score(self, split: str) -> dict[str, float]:
         """The metrics of a part (valid or test) under these weights; not charged to
         the budget."""
-        problem = self.problem
         with self.kept_weights():
-            figures = score(self.model, problem.objective, getattr(problem, split))
-            if problem.judge is not None:
-                figures |= problem.judge(self.model, split)
-        return figures
+            return score(self.model, self.problem, split)
 
     def _load_weights(self, weights: list[Tensor]) -> None:
         with torch.no_grad():
