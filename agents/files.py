@@ -47,6 +47,8 @@ SETTINGS = (
     "seed",
     "reward_scale",
     "norm_reward",
+    "recompute_states",
+    "bptt_truncation",
 )
 
 

@@ -307,12 +307,30 @@ class RecurrentPolicy(BasePolicy):
         obs: Sequences,
         state: Float[Tensor, "S B H"],
         starts: Bool[Tensor, "T B"],
+        truncation: int | None = None,
     ) -> tuple[Float[Tensor, "T B P"], Float[Tensor, "T B"], Float[Tensor, "S B H"]]:
         """Action parameters, values, and the state after the last step.
 
-        `starts[t, b]`: an episode of environment b begins with `obs[t, b]`.
+        `starts[t, b]`: an episode of environment b begins with `obs[t, b]`. With a
+        `truncation` of K no gradient goes from step K, 2K, ... to those before it.
         """
         features = self.features(obs)
+        if truncation is None or truncation >= len(starts):
+            return self._evaluate(features, state, starts)
+        parts: list[tuple[Tensor, Tensor]] = []
+        for begin in range(0, len(starts), truncation):
+            now = slice(begin, begin + truncation)
+            if begin:
+                state = state.detach()
+            params, values, state = self._evaluate(features[now], state, starts[now])
+            parts.append((params, values))
+        params, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        return params, values, state
+
+    def _evaluate(
+        self, features: Tensor, state: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`evaluate_sequence` of features, without truncation."""
         seen, known = self._views(features)
         mine, its = self.split(state)
         actor_head, critic_head = self._heads

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Never
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
+from jaxtyping import Float
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -66,6 +67,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
     discounted sum of rewards so far (as `VecNormalize` has it, but on the device). The
     episode statistics are of the rewards as they come.
 
+    Segments begin in the states of the policy that played. These become stale as it
+    learns (Kapturowski et al. 2019, "Recurrent experience replay in distributed
+    reinforcement learning"); with `recompute_states` each epoch after the first plays
+    the rollout again, from its beginning, for those of the current policy. Within a
+    segment gradients go back to its beginning, or, with `bptt_truncation`, over so many
+    steps at most: the state is detached each time as many have passed.
+
     Learning rate and clip ranges are numbers or functions of the remaining progress,
     which runs from 1 to 0.
     """
@@ -108,11 +116,15 @@ class RecurrentPPO(OnPolicyAlgorithm):
         *,
         reward_scale: float = 1.0,
         norm_reward: bool = False,
+        recompute_states: bool = False,
+        bptt_truncation: int | None = None,
     ) -> None:
         counts = {"n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
+        counts["bptt_truncation"] = bptt_truncation
         for name, count in counts.items():
             whole = isinstance(count, (int, np.integer)) and count >= 1
-            if not whole and not (name == "batch_size" and count is None):
+            may_lack = name in ("batch_size", "bptt_truncation")
+            if not whole and not (may_lack and count is None):
                 raise ValueError(
                     f"{name} is {count!r}: expected a whole number, at least 1"
                 )
@@ -159,6 +171,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.target_kl = target_kl
         self.reward_scale = reward_scale
         self.norm_reward = norm_reward
+        self.recompute_states = recompute_states
+        self.bptt_truncation = bptt_truncation
         if _init_setup_model:
             self._setup_model()
 
@@ -199,6 +213,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 f"no divisor of n_steps={self.n_steps} is near batch_size={batch}: "
                 f"gradients go back {length} steps only; make one a multiple of the "
                 "other",
+                stacklevel=4,
+            )
+        elif self.recompute_states and length == self.n_steps:
+            warnings.warn(
+                f"recompute_states and batch_size={batch}: segments are whole columns "
+                "of the rollout, and there is nothing to recompute; it takes a "
+                f"batch_size below n_steps={self.n_steps}",
                 stacklevel=4,
             )
         elif total % size:
@@ -475,11 +496,14 @@ class RecurrentPPO(OnPolicyAlgorithm):
         update = _Update()
         go_on = True
 
-        for _ in range(self.n_epochs):
+        for epoch in range(self.n_epochs):
             update.begin_epoch()
+            if epoch and self.recompute_states:
+                states = self._recomputed()
+                segments = segments._replace(state=states.transpose(0, 1).flatten(1, 2))
             for batch in minibatches(segments, self._minibatch, self._shuffling):
                 params, values, _ = policy.evaluate_sequence(
-                    batch.obs, batch.state, batch.starts
+                    batch.obs, batch.state, batch.starts, self.bptt_truncation
                 )
                 if batch.masks is not None:
                     params = masked(distribution, params, batch.masks)
@@ -525,6 +549,24 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.logger.record("train/clip_range", clip_range)
         if clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", clip_range_vf)
+
+    @torch.no_grad()
+    def _recomputed(self) -> Float[Tensor, "C S B H"]:
+        """The states in which the current policy would begin the segments.
+
+        But for the first: what was played before it is gone.
+        """
+        rollout, policy = self.rollout_buffer, self.policy
+        length = len(rollout.starts) // len(rollout.states)
+        states = [rollout.states[0]]
+        policy.set_training_mode(False)  # as it played
+        for begin in range(0, len(rollout.starts) - length, length):
+            now = slice(begin, begin + length)
+            obs = on_each(lambda x, now=now: x[now], rollout.obs)
+            _, _, state = policy.evaluate_sequence(obs, states[-1], rollout.starts[now])
+            states.append(state)
+        policy.set_training_mode(True)
+        return torch.stack(states)
 
     def _log_update(self, update: "_Update", clip_range: float) -> None:
         """Names as in Stable-Baselines3; one transfer from the device."""

@@ -84,6 +84,9 @@ class AgentConfig:
         normalize: observations and rewards, by what has been seen so far.
         use_sde: exploration that depends on the state, for continuous actions.
         sde_sample_freq: steps after which its noise is drawn anew; -1 once per rollout.
+        recompute_states: in which segments of a rollout begin, anew in each epoch; for
+            a batch_size below n_steps, else there is one segment.
+        bptt_truncation: steps over which gradients go back; null, whole segments.
     """
 
     cell: AgentCell = "lstm"
@@ -106,6 +109,8 @@ class AgentConfig:
     normalize: bool = False
     use_sde: bool = False
     sde_sample_freq: int = -1
+    recompute_states: bool = False
+    bptt_truncation: int | None = None
 
     def __post_init__(self) -> None:
         one_of("agent.cell", self.cell, AgentCell)
@@ -113,6 +118,8 @@ class AgentConfig:
             at_least(f"agent.{name}", getattr(self, name), 1)
         for width in self.net_arch:
             at_least("agent.net_arch", width, 1)
+        if self.bptt_truncation is not None:
+            at_least("agent.bptt_truncation", self.bptt_truncation, 1)
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(
@@ -194,7 +201,8 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         _check_common(self)
-        if self.data.kind != "text":  # texts are measured when they are read
+        # texts are measured when they are read
+        if self.data.kind != "text" and self.data.size is not None:
             at_least("data.size", self.data.size, 20 * 64 * self.data.batch)
         if not 0 < self.lr <= 10:
             raise ValueError(f"lr is {self.lr}, expected above 0 and at most 10")
