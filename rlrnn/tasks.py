@@ -1,7 +1,6 @@
 """A supervised task, from its description to a trainer; and tasks drawn at random."""
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -9,14 +8,24 @@ import numpy as np
 from rlrnn import seeding
 from rlrnn.checks import at_least, one_of
 from rlrnn.data.chunks import Problem
+from rlrnn.data.files import Paths
+from rlrnn.data.labelled import LabelledOptions, labelled_problem
 from rlrnn.data.synthetic import copy_problem, markov_problem
-from rlrnn.data.text import read_text, standard_library, text_problem
+from rlrnn.data.text import (
+    Text,
+    TextOptions,
+    divide,
+    open_text,
+    standard_library,
+    text_problem,
+)
 from rlrnn.device import resolve_device
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.recurrent import Cell
 from rlrnn.training import Optimizer, Trainer, TrainingConfig
 
-Kind = Literal["text", "markov", "copy"]
+SIZE = 3_000_000  # symbols, where data.size does not say how many
+Kind = Literal["text", "labelled", "markov", "copy"]
 
 
 @dataclass(frozen=True)
@@ -24,34 +33,75 @@ class DataConfig:
     """What is learned.
 
     Args:
-        kind: text (characters), markov or copy (synthetic).
-        path: a UTF-8 text file; without one, the sources of the standard library.
+        kind: text, labelled (sequences, each with a class or a number), markov or copy
+            (synthetic).
+        path: a file, a folder or a glob (`$RLRNN_DATA/...` is under that folder);
+            without one, the text is the sources of the standard library.
+        valid: the validation part, if it is not cut from path.
+        test: the same, of the test part.
+        split: shares of path that are training, validation and test part, in this
+            order; without a test part, the validation part is tested on.
         batch: streams that are read side by side.
-        size: symbols, of a text at most; characters after them are not read.
+        text: what a symbol of a text is.
+        size: symbols of a synthetic kind, characters that are read of a text; without
+            it, all of path, and 3 million otherwise.
         skip: characters of a text to leave out before.
         half: of the standard library's modules, 0 or 1 (meta-training reads 1).
         symbols: of the synthetic kinds.
         memory: how many steps back a synthetic sequence reaches.
+        labelled: how files of labelled sequences are read.
     """
 
     kind: Kind = "text"
     path: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    split: list[float] = field(default_factory=lambda: [0.9, 0.05, 0.05])
     batch: int = 32
-    size: int = 3_000_000
+    text: TextOptions = field(default_factory=TextOptions)
+    size: int | None = None
     skip: int = 0
     half: int = 0
     symbols: int = 16
     memory: int = 8
+    labelled: LabelledOptions = field(default_factory=LabelledOptions)
 
     def __post_init__(self) -> None:
         one_of("data.kind", self.kind, Kind)
         at_least("data.batch", self.batch, 1)
-        at_least("data.size", self.size, 1)
+        if self.size is not None:
+            at_least("data.size", self.size, 1)
         at_least("data.skip", self.skip, 0)
         at_least("data.symbols", self.symbols, 2)
         at_least("data.memory", self.memory, 1)
         if self.half not in (0, 1):
             raise ValueError(f"data.half is {self.half}, expected 0 or 1")
+        *needed, test = [float(share) for share in self.split] or [0.0]
+        if (
+            len(needed) != 2
+            or min(needed) <= 0
+            or test < 0
+            or abs(sum(self.split) - 1) > 1e-6
+        ):
+            raise ValueError(
+                f"data.split is {self.split}, expected the shares of training, "
+                "validation and test part, which sum to 1 (that of the test part may "
+                "be 0)"
+            )
+        if self.path is None and (self.valid or self.test):
+            raise ValueError(
+                "data.path is not set, but data.valid or data.test is; set data.path "
+                "to the training part"
+            )
+
+    @property
+    def paths(self) -> Paths:
+        """Where the data lie. Raises ValueError without a path."""
+        if self.path is None:
+            raise ValueError(
+                f"data.path is not set, expected the files of data.kind {self.kind}"
+            )
+        return Paths(self.path, self.valid, self.test)
 
 
 @dataclass(frozen=True)
@@ -64,23 +114,33 @@ class Task:
     seed: int = 0
 
 
-@lru_cache(maxsize=8)
-def _text(path: str) -> str:
-    return read_text(path)
-
-
 def build_problem(task: Task) -> Problem:
     """The task's data, on the CPU. Raises DataError if a file cannot be used."""
     data = task.data
     if data.kind == "text":
-        if data.path is not None:
-            text, source = _text(data.path), data.path
-        else:
-            text, source = standard_library(data.half), "the standard library"
-        return text_problem(text[data.skip : data.skip + data.size], data.batch, source)
+        return text_problem(_texts(data), data.batch, data.text)
+    if data.kind == "labelled":
+        common = data.paths, data.split, data.batch, task.seed
+        return labelled_problem(*common, data.labelled)
     rng = np.random.default_rng(seeding.derive(task.seed, "data"))
     make = markov_problem if data.kind == "markov" else copy_problem
-    return make(rng, data.size, data.batch, data.symbols, data.memory)
+    return make(rng, data.size or SIZE, data.batch, data.symbols, data.memory)
+
+
+def _texts(data: DataConfig) -> tuple[Text, Text, Text]:
+    """Training, validation and test part."""
+    level = data.text.level
+    if data.path is None:
+        library = standard_library(data.half)
+        library = library[data.skip : data.skip + (data.size or SIZE)]
+        if level == "bytes":
+            library = library.encode().decode("latin-1")
+        text = Text.of(library, "the standard library")
+        return divide(text, None, None, data.split)
+    valid = None if data.valid is None else open_text(data.valid, level)
+    test = None if data.test is None else open_text(data.test, level)
+    text = open_text(data.path, level, data.skip, data.size)
+    return divide(text, valid, test, data.split)
 
 
 def build_trainer(task: Task, device: str = "cpu") -> Trainer:

@@ -3,9 +3,13 @@ not."""
 
 import glob
 import gzip
+import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+DATA = "RLRNN_DATA"  # the environment variable that names a folder of data sets
 
 
 class DataError(ValueError):
@@ -22,13 +26,27 @@ class Paths:
     test: str | None = None
 
 
+def expand(path: str | Path) -> Path:
+    """`path`, in which a leading `$RLRNN_DATA/` stands for the folder that the
+    environment variable names. Raises DataError if there is none."""
+    first, *rest = Path(path).parts or ("",)
+    if first != f"${DATA}":
+        return Path(path)
+    if DATA not in os.environ:
+        raise DataError(
+            f"{path}: the environment variable {DATA} is not set; set it to the folder "
+            "with the data sets"
+        )
+    return Path(os.environ[DATA], *rest)
+
+
 def find(path: str | Path, suffixes: tuple[str, ...] = ()) -> list[Path]:
     """The files that `path` means, in the order of their names: itself, a folder's
     files that end in one of `suffixes` (or that and .gz), or what a glob matches.
 
     Raises DataError if there is none.
     """
-    place = Path(path)
+    place = expand(path)
     if place.is_file():
         return [place]
     if place.is_dir():
@@ -39,18 +57,25 @@ def find(path: str | Path, suffixes: tuple[str, ...] = ()) -> list[Path]:
             wanted = " or ".join(suffixes) or "any"
             raise DataError(f"no {wanted} files in the folder {place}")
         return found
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    matches = map(Path, glob.glob(str(place), recursive=True))
+    found = sorted(match for match in matches if match.is_file())
     if not found:
-        raise DataError(f"no such file: {path}")
-    return [p for p in found if p.is_file()]
+        raise DataError(f"no such file: {place}")
+    return found
 
 
 def read_bytes(path: str | Path) -> bytes:
     """A file's bytes; those of a .gz unpacked. Raises DataError, in one line."""
-    path = Path(path)
+    return b"".join(read_blocks(path))
+
+
+def read_blocks(path: str | Path, size: int = 1 << 20) -> Iterator[bytes]:
+    """`read_bytes`, `size` bytes at a time."""
+    path = expand(path)
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            while block := file.read(size):
+                yield block
     except FileNotFoundError:
         raise DataError(f"no such file: {path}") from None
     except IsADirectoryError:
