@@ -133,9 +133,7 @@ def _texts(data: DataConfig) -> tuple[Text, Text, Text]:
     if data.path is None:
         library = standard_library(data.half)
         library = library[data.skip : data.skip + (data.size or SIZE)]
-        if level == "bytes":
-            library = library.encode().decode("latin-1")
-        text = Text.of(library, "the standard library")
+        text = Text.of(library, "the standard library", level)
         return divide(text, None, None, data.split)
     valid = None if data.valid is None else open_text(data.valid, level)
     test = None if data.test is None else open_text(data.test, level)

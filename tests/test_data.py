@@ -1,42 +1,26 @@
-"""Streams and their windows, splits, texts, and synthetic tasks."""
-
-import hashlib
-import os
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
+"""Streams and their windows, splits, and synthetic tasks."""
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
+from rlrnn.checks import one_of
 from rlrnn.data.chunks import (
     PROBE_STREAMS,
     Problem,
+    Source,
     Streams,
+    Symbols,
     next_symbol_streams,
     split_symbols,
     training_part,
 )
 from rlrnn.data.synthetic import copy_problem, markov_problem
-from rlrnn.data.text import (
-    UNKNOWN,
-    DataError,
-    read_text,
-    standard_library,
-    text_problem,
-)
+from rlrnn.models import ModelConfig
+from rlrnn.objectives import Classes
 from rlrnn.recurrent import Cell
-from rlrnn.tasks import (
-    DataConfig,
-    Kind,
-    ModelConfig,
-    Task,
-    Tasks,
-    build_problem,
-    one_of,
-)
+from rlrnn.tasks import DataConfig, Kind, Task, Tasks, build_problem
 
 N, B = 13, 3
 WINDOWS = [(t, k) for t in range(2 * N) for k in (1, 4, N - 1, N, N + 1, 3 * N + 2)]
@@ -95,7 +79,7 @@ def test_due_is_zero_exactly_where_nothing_is_due() -> None:
 
 def test_streams_and_problems_survive_a_move() -> None:
     s = streams()
-    problem = Problem(9, 9, s, s, s, s).to(torch.device("cpu"))
+    problem = Problem(Symbols(9), Classes(9), s, s, s, s).to(torch.device("cpu"))
     for t, k in WINDOWS[::5]:
         a, b = s.window(t, k), problem.train.window(t, k)
         assert torch.equal(a.x, b.x) and a.due == b.due
@@ -122,6 +106,7 @@ def test_splits_are_disjoint_and_in_order(length: int, batch: int) -> None:
     a, b, c = training_part(length)
     parts = (p.train, p.probe, p.valid, p.test)
     for part, low, high in zip(parts, (0, a, b, c), (a, b, c, length), strict=True):
+        assert isinstance(part, Streams)
         seen = torch.cat((part.x.flatten(), part.y.flatten()))
         assert seen.min() == low and seen.max() < high
         # what does not fill a step of all streams is lost, and no more
@@ -145,129 +130,12 @@ def test_too_few_symbols_are_one_line() -> None:
             assert part.length >= 1
 
 
-# --- texts --------------------------------------------------------------------------
-
-
-def symbols_of(s: Streams) -> NDArray[np.int64]:
-    flat: NDArray[np.int64] = s.x.T.flatten().numpy()
-    return flat
-
-
-def test_vocabulary_is_that_of_the_training_part_alone() -> None:
-    length = 2000
-    _, b, _ = training_part(length)
-    text = "abc" * length
-    text = text[: b - 1] + "é" + "xyz" * length  # é: the last of the probe
-    problem = text_problem(text[:length], 1, "t")
-    assert problem.vocabulary == UNKNOWN + "abcé"
-    assert problem.inputs == problem.outputs == 5
-    assert (symbols_of(problem.train) > 0).all()
-    assert (symbols_of(problem.valid) == 0).all()
-    assert (symbols_of(problem.test) == 0).all()
-    decoded = "".join(problem.vocabulary[i] for i in symbols_of(problem.train))
-    assert text.startswith(decoded)
-
-
-def test_characters_of_any_plane_are_symbols() -> None:
-    text = ("a\U0001f600\r\n\x7f" * 600)[:2000]
-    problem = text_problem(text, 1, "t")
-    assert problem.vocabulary is not None
-    assert sorted(problem.vocabulary[1:]) == sorted(set(text))
-    decoded = "".join(problem.vocabulary[i] for i in symbols_of(problem.train))
-    assert text.startswith(decoded)
-
-
-def test_a_text_that_is_too_short_is_one_line() -> None:
-    for batch in (1, 3):
-        least = 20 * 64 * batch
-        with pytest.raises(DataError, match=f"^my.txt has .* at least {least} .*$"):
-            text_problem("a" * (least - 1), batch, "my.txt")
-        problem = text_problem("ab" * (least // 2), batch, "my.txt")
-        assert min(problem.train.length, problem.valid.length) >= 15
-
-
-@pytest.mark.parametrize(
-    ("raw", "says"),
-    [
-        (b"", "is empty"),
-        (b"abc\0def", "binary (a zero byte at offset 3)"),
-        (b"caf\xe9 au lait", "not UTF-8 (byte 0xe9 at offset 3)"),
-        (b"\xef\xbb\xbfcaf\xe9 au lait", "not UTF-8 (byte 0xe9 at offset 6)"),
-        (b"cut \xe2\x82", "not UTF-8 (byte 0xe2 at offset 4)"),
-    ],
-)
-def test_a_file_that_is_no_text_is_one_line(
-    tmp_path: Path, raw: bytes, says: str
-) -> None:
-    path = tmp_path / "some.txt"
-    path.write_bytes(raw)
-    with pytest.raises(DataError) as caught:
-        read_text(path)
-    assert says in str(caught.value) and str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_path_that_is_no_file_is_one_line(tmp_path: Path) -> None:
-    for path, says in ((tmp_path / "none", "no such"), (tmp_path, "folder")):
-        with pytest.raises(DataError, match=says) as caught:
-            build_problem(Task(DataConfig(path=str(path))))
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_text_keeps_its_characters_and_loses_its_byte_order_mark(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "some.txt"
-    for text in ("naïve €\r\n\t", "a"):
-        path.write_bytes(text.encode())
-        assert read_text(path) == text
-        path.write_bytes(text.encode("utf-8-sig"))
-        assert read_text(path) == text
-
-
-def test_size_and_skip_cut_a_text(tmp_path: Path) -> None:
-    path = tmp_path / "some.txt"
-    text = "".join(map(chr, range(0x4E00, 0x4E00 + 4000)))
-    path.write_text(text, "utf-8")
-    data = DataConfig(path=str(path), batch=1, size=2000, skip=1000)
-    vocabulary = build_problem(Task(data)).vocabulary
-    assert vocabulary == UNKNOWN + text[1000 : 1000 + training_part(2000)[1]]
-
-
-@pytest.fixture
-def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A standard library of our own."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    standard_library.cache_clear()
-    yield tmp_path
-    standard_library.cache_clear()
-
-
-def test_halves_of_the_standard_library_share_no_module(library: Path) -> None:
-    for i in range(21):
-        path = library / f"package{i % 3}" / f"module{i}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"<{i}>\n")
-    for name in ("test", "tests", "site-packages", "__pycache__"):
-        (library / "package0" / name).mkdir()
-        (library / "package0" / name / "left_out.py").write_text("<99>\n")
-    (library / "latin.py").write_bytes(b"caf\xe9")
-    (library / "data.txt").write_text("<99>\n")
-    halves = [standard_library(half).split() for half in (0, 1)]
-    assert set(halves[0]).isdisjoint(halves[1])
-    assert sorted(halves[0] + halves[1]) == sorted(f"<{i}>" for i in range(21))
-    assert abs(len(halves[0]) - len(halves[1])) <= 2
-    # neighbours by name lie apart: the order is neither that of names nor of folders
-    numbers = [int(word.strip("<>")) for word in halves[0]]
-    assert numbers != sorted(numbers)
-
-
-def test_no_standard_library_is_one_line(library: Path) -> None:
-    with pytest.raises(DataError, match=r"^no Python sources in .* --data.path FILE$"):
-        standard_library(0)
-
-
 # --- synthetic ----------------------------------------------------------------------
+
+
+def symbols_of(s: Source) -> NDArray[np.int64]:
+    flat: NDArray[np.int64] = s.window(0, s.length).x.T.flatten().numpy()
+    return flat
 
 
 def information(x: NDArray[np.int64], lag: int) -> float:
@@ -312,9 +180,11 @@ def test_copy_asks_for_its_word_after_the_cue_and_nowhere_else() -> None:
     symbols, memory, batch = 5, 6, 3
     length = 4 + memory + 1 + 4
     problem = copy_problem(np.random.default_rng(0), 3000, batch, symbols, memory)
-    assert problem.inputs == problem.outputs == symbols + 2
+    assert problem.inputs == Symbols(symbols + 2)
+    assert problem.objective == Classes(symbols + 2)
     for part in (problem.train, problem.probe, problem.valid, problem.test):
-        assert part.length % length == 0 and part.mask is not None
+        assert isinstance(part, Streams) and part.mask is not None
+        assert part.length % length == 0
         x, y, starts, mask = (
             a.reshape(-1, length, part.batch)
             for a in (part.x, part.y, part.starts, part.mask)
@@ -336,7 +206,8 @@ def test_copy_asks_for_its_word_after_the_cue_and_nowhere_else() -> None:
 def test_same_seed_same_data(kind: str) -> None:
     def data(seed: int) -> torch.Tensor:
         config = DataConfig(kind, batch=2, size=900)  # type: ignore[arg-type]
-        return build_problem(Task(config, ModelConfig(), seed=seed)).train.x
+        problem = build_problem(Task(config, ModelConfig(), seed=seed))
+        return problem.train.window(0, problem.train.length).x
 
     assert torch.equal(data(0), data(0))
     assert not torch.equal(data(0), data(1))
@@ -391,17 +262,3 @@ def test_a_wrong_setting_is_one_line(make: object, says: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert says in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_tinyshakespeare() -> None:
-    """The figures that its users know: 1,115,394 characters, 65 different ones."""
-    path = Path(os.environ.get("RLRNN_DATA", ""), "tinyshakespeare", "input.txt")
-    if not path.is_file():
-        pytest.skip("RLRNN_DATA names no folder with tinyshakespeare/input.txt")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert digest.startswith("86c4e6aa9db7c042ec79f339dcb96d42")
-    text = read_text(path)
-    assert len(text) == 1_115_394
-    problem = text_problem(text, 32, str(path))
-    assert problem.inputs == 1 + 65
-    assert not (problem.test.x == 0).any()  # training has seen every character

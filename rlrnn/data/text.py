@@ -70,8 +70,10 @@ class Text:
     digest: str | None = None
 
     @staticmethod
-    def of(text: str, name: str) -> "Text":
-        """One that is in memory."""
+    def of(text: str, name: str, level: Level = "characters") -> "Text":
+        """One that is in memory; for bytes, a character for each of them."""
+        if level == "bytes":
+            text = text.encode("utf-8", "surrogateescape").decode("latin-1")
         cuts = range(0, len(text), BLOCK)
         return Text(name, lambda: (text[a : a + BLOCK] for a in cuts), 0, len(text))
 
@@ -288,8 +290,7 @@ def encode_text(
 
     Raises DataError for a character that training did not have.
     """
-    if format["level"] == "bytes":
-        text = text.encode("utf-8", "surrogateescape").decode("latin-1")
+    text = "".join(Text.of(text, name, format["level"]).blocks())
     known = vocabulary.from_format(format)
     at = known.missing(text)
     if at is not None:
