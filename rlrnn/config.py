@@ -182,6 +182,8 @@ class FitConfig:
         controller: learned, prior, constant, cosine, plateau, or a controller file.
         lr: the rate of constant, cosine (its peak) or plateau (its first).
         truncation: K of constant, cosine or plateau.
+        init_from: a run whose encoder, layers and, where it speaks of the same, head
+            this one begins with; see also training.frozen, unfreeze and layer_decay.
         seed: of the initial weights and of synthetic data.
         device: auto (the GPU if there is one), cpu or cuda.
         threads: of torch on the CPU; small networks are fastest with one.
@@ -194,6 +196,7 @@ class FitConfig:
     controller: str = "learned"
     lr: float = 1e-3
     truncation: int = 32
+    init_from: str | None = None
     seed: int = 0
     device: str = "auto"
     threads: int = 1

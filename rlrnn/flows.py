@@ -49,15 +49,17 @@ from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.checkpoint import CheckpointError
 from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneConfig
 from rlrnn.control import NO_OP, UNLEARNED, Controller, Signals, prior
+from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
 from rlrnn.evaluation import inference_speed, score, tally
 from rlrnn.finished import load_model, same, save_model
-from rlrnn.models import ModelConfig
+from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes
 from rlrnn.tasks import DataConfig, Task, Tasks, build_problem, build_trainer
 from rlrnn.tracking import LoggerMirror, NotARunError, Run, read_metrics
 from rlrnn.training import Trainer, TrainingConfig
+from rlrnn.transfer import transfer
 
 Config = TypeVar("Config", TrainConfig, FitConfig, TuneConfig)
 Summary = dict[str, Any]
@@ -507,14 +509,22 @@ def fit(
     resolve_device(config.device)
     with _threads(config.threads), _stoppable() as stopped:
         controller = make_controller(config.controller, config.lr, config.truncation)
-        trainer = build_trainer(fit_task(config), config.device)
-        return _fit(config, controller, trainer, resume, progress, stopped)
+        taken: dict[str, str] = {}
+
+        def prepare(model: SequenceModel, problem: Problem) -> None:
+            if config.init_from is not None and resume is None:
+                source = load_model(config.init_from)
+                taken.update(transfer(model, problem.format, source))
+
+        trainer = build_trainer(fit_task(config), config.device, prepare)
+        return _fit(config, controller, trainer, taken, resume, progress, stopped)
 
 
 def _fit(
     config: FitConfig,
     controller: Controller,
     trainer: Trainer,
+    taken: dict[str, str],
     resume: str | Path | None,
     progress: bool,
     stopped: Callable[[], int],
@@ -533,6 +543,9 @@ def _fit(
     )
     with run:
         if saved is None:
+            if taken:
+                told = ", ".join(f"{part}: {what}" for part, what in taken.items())
+                tqdm.write(f"begins with {config.init_from} ({told})", file=sys.stderr)
             state = controller.init(1)
             signals = trainer.start(controller.range_test)
             run.log(_fit_row(trainer, signals))

@@ -81,7 +81,7 @@ class SequenceModel(nn.Module):
         self, inputs: Symbols | Features, outputs: int, config: ModelConfig
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.inputs = config, inputs
         width = self._make_encoder(inputs)
         self.encoded = width
         stacks = 2 if config.bidirectional else 1
@@ -144,6 +144,26 @@ class SequenceModel(nn.Module):
         for core in self.cores:
             assert isinstance(core, Recurrent)
             yield core
+
+    def parts(self) -> list[tuple[str, list[nn.Parameter]]]:
+        """Parameters from the bottom to the top: encoder, each layer, head. Tied ones
+        belong to the encoder."""
+        stacks = len(self.cores) // self.config.layers
+        modules: list[tuple[str, list[nn.Module]]] = []
+        if self.encoder is not None:
+            modules.append(("encoder", [self.encoder]))
+        for layer in range(self.config.layers):
+            own = list(self.cores[layer * stacks : (layer + 1) * stacks])
+            modules.append((f"layer {layer + 1}", own + list(self.norms)[layer:][:1]))
+        top = [] if self.projection is None else [self.projection]
+        modules.append(("head", [*top, self.head]))
+        seen: set[int] = set()
+        parts = []
+        for name, members in modules:
+            every = [p for module in members for p in module.parameters()]
+            parts.append((name, [p for p in every if id(p) not in seen]))
+            seen |= {id(p) for p in every}
+        return parts
 
     def initial_state(self, batch: int) -> Float[Tensor, "S B H"]:
         """Zeros: nothing has been read."""

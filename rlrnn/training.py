@@ -30,6 +30,7 @@ from rlrnn.rangetest import suggest_lambda
 
 Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 Select = Literal["last", "valid"]
+Frozen = Literal["none", "encoder", "core"]
 
 FORWARD_COST = 1 / 3  # of a token that is also trained on
 WINDOWS = 4  # the fewest in a decision interval
@@ -58,6 +59,11 @@ class TrainingConfig:
         tar: of their squared changes from step to step (temporal; Merity et al. 2017).
         select: the weights that are kept: the last, or those of the decision with the
             lowest validation loss (measured after each, outside the budget).
+        frozen: parts that never learn: encoder, or core (encoder and layers).
+        unfreeze: share of the budget over which layers begin to learn, one after the
+            other, from the head down (Howard & Ruder 2018); 0: all learn at once.
+        layer_decay: the rate of a layer is this times that of the one above it (the
+            same).
         patience: decisions without a lower validation loss after which training ends.
     """
 
@@ -73,12 +79,16 @@ class TrainingConfig:
     average: float = 0.0
     ar: float = 0.0
     tar: float = 0.0
+    frozen: Frozen = "none"
+    unfreeze: float = 0.0
+    layer_decay: float = 1.0
     select: Select = "last"
     patience: int | None = None
 
     def __post_init__(self) -> None:
         one_of("optimizer", self.optimizer, Optimizer)
         one_of("select", self.select, Select)
+        one_of("frozen", self.frozen, Frozen)
         if not self.budget >= 1:
             raise ValueError(f"budget is {self.budget}, expected at least 1 token")
         for name in ("clip", "epochs"):
@@ -89,7 +99,12 @@ class TrainingConfig:
         at_least("accumulate", self.accumulate, 1)
         for name in ("weight_decay", "ar", "tar"):
             at_least(name, getattr(self, name), 0)
-        share("average", self.average)
+        for name in ("average", "unfreeze"):
+            share(name, getattr(self, name))
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(
+                f"layer_decay is {self.layer_decay}, expected above 0 and at most 1"
+            )
         if self.patience is not None:
             at_least("patience", self.patience, 1)
             if self.select != "valid":
@@ -150,7 +165,7 @@ class Trainer:
             self.budget = tokens / (1 - config.probe_share)
         self.generator = torch.Generator(self.device).manual_seed(seed % 2**63)
         model.seed(self.generator)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters, self.groups = self._learning_parts()
         self.optimizer = self._make_optimizer()
         self.hidden = model.initial_state(self.batch)
         self.averaged = (
@@ -195,20 +210,52 @@ class Trainer:
             "decisions"
         )
 
+    def _learning_parts(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        """What learns, and the optimiser's groups: a part each, from the top down, the
+        rate falling by `layer_decay`."""
+        parts = self.model.parts()
+        named = {"none": (), "encoder": ("encoder",)}.get(
+            self.config.frozen, tuple(name for name, _ in parts if name != "head")
+        )
+        for name, parameters in parts:
+            for parameter in parameters:
+                parameter.requires_grad_(name not in named)
+        learning = [parameters for name, parameters in parts if name not in named]
+        scales = [self.config.layer_decay**i for i in range(len(learning))]
+        groups: list[dict[str, Any]] = [
+            {"params": parameters, "scale": scale}
+            for parameters, scale in zip(reversed(learning), scales, strict=True)
+            if parameters
+        ]
+        if self.config.layer_decay == 1 and not self.config.unfreeze:
+            every = [p for parameters in learning for p in parameters]
+            groups = [{"params": every, "scale": 1.0}]
+        return [p for parameters in learning for p in parameters], groups
+
+    def _unfreeze(self) -> None:
+        """Lets the layers learn whose turn has come."""
+        if not self.config.unfreeze:
+            return
+        progress = (self.spent - self.origin) / (self.budget - self.origin)
+        due = 1 + int(progress / self.config.unfreeze * len(self.groups))
+        for number, group in enumerate(self.groups):
+            for parameter in group["params"]:
+                parameter.requires_grad_(number < due)
+                if number >= due:
+                    parameter.grad = None
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         # fused: the step count stays on the device, and nothing is read back
         decay = self.config.weight_decay
         match self.config.optimizer:
             case "adam":
-                return torch.optim.Adam(self.parameters, fused=True, weight_decay=decay)
+                return torch.optim.Adam(self.groups, fused=True, weight_decay=decay)
             case "adamw":
-                return torch.optim.AdamW(
-                    self.parameters, fused=True, weight_decay=decay
-                )
+                return torch.optim.AdamW(self.groups, fused=True, weight_decay=decay)
             case name:
                 momentum = 0.9 if name == "momentum" else 0.0
                 return torch.optim.SGD(
-                    self.parameters,
+                    self.groups,
                     lr=1e-3,
                     fused=True,
                     momentum=momentum,
@@ -288,6 +335,7 @@ class Trainer:
             min(float(rate[0]) * self.lr_scale, self.ceiling)
             for rate in (knobs.lr, knobs.lr_end)
         )
+        self._unfreeze()
         snapshot = self._snapshot()
         interval = _Interval()
         spans = self._plan(truncation)
@@ -313,7 +361,7 @@ class Trainer:
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
 
     def _next_chunk(self, steps: int) -> Chunk:
         chunk = self.source.window(self.position, steps)
