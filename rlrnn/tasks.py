@@ -1,5 +1,6 @@
 """A supervised task, from its description to a trainer; and tasks drawn at random."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -141,13 +142,19 @@ def _texts(data: DataConfig) -> tuple[Text, Text, Text]:
     return divide(text, valid, test, data.split)
 
 
-def build_trainer(task: Task, device: str = "cpu") -> Trainer:
-    """A trainer that has not started, with everything on `device`."""
+def build_trainer(
+    task: Task,
+    device: str = "cpu",
+    prepare: Callable[[SequenceModel, Problem], None] = lambda model, problem: None,
+) -> Trainer:
+    """A trainer that has not started, with everything on `device`. `prepare` sees the
+    fresh model before."""
     place = resolve_device(device)
     problem = build_problem(task).to(place)
-    network = build_model(problem, task.model, task.seed).to(place)
+    network = build_model(problem, task.model, task.seed)
+    prepare(network, problem)
     seed = seeding.derive(task.seed, "dropout")
-    return Trainer(network, problem, task.training, seed)
+    return Trainer(network.to(place), problem, task.training, seed)
 
 
 def build_model(problem: Problem, config: ModelConfig, seed: int) -> SequenceModel:
