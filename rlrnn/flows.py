@@ -265,6 +265,8 @@ def make_agent(
         norm_reward=config.normalize,
         use_sde=config.use_sde,
         sde_sample_freq=config.sde_sample_freq,
+        recompute_states=config.recompute_states,
+        bptt_truncation=config.bptt_truncation,
         policy_kwargs={
             "cell": config.cell,
             "lstm_hidden_size": config.hidden_size,
