@@ -11,6 +11,7 @@ from rlrnn.checks import at_least, one_of
 from rlrnn.data.chunks import Problem
 from rlrnn.data.files import Paths
 from rlrnn.data.labelled import LabelledOptions, labelled_problem
+from rlrnn.data.series import SeriesOptions, series_problem
 from rlrnn.data.synthetic import copy_problem, markov_problem
 from rlrnn.data.text import (
     Text,
@@ -26,7 +27,7 @@ from rlrnn.recurrent import Cell
 from rlrnn.training import Optimizer, Trainer, TrainingConfig
 
 SIZE = 3_000_000  # symbols, where data.size does not say how many
-Kind = Literal["text", "labelled", "markov", "copy"]
+Kind = Literal["text", "series", "labelled", "markov", "copy"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class DataConfig:
     """What is learned.
 
     Args:
-        kind: text, labelled (sequences, each with a class or a number), markov or copy
-            (synthetic).
+        kind: text, series (forecasts), labelled (sequences, each with a class or a
+            number), markov or copy (synthetic).
         path: a file, a folder or a glob (`$RLRNN_DATA/...` is under that folder);
             without one, the text is the sources of the standard library.
         valid: the validation part, if it is not cut from path.
@@ -47,6 +48,7 @@ class DataConfig:
         size: symbols of a synthetic kind, characters that are read of a text; without
             it, all of path, and 3 million otherwise.
         skip: characters of a text to leave out before.
+        series: what is forecast from what, in files of time series.
         half: of the standard library's modules, 0 or 1 (meta-training reads 1).
         symbols: of the synthetic kinds.
         memory: how many steps back a synthetic sequence reaches.
@@ -62,6 +64,7 @@ class DataConfig:
     text: TextOptions = field(default_factory=TextOptions)
     size: int | None = None
     skip: int = 0
+    series: SeriesOptions = field(default_factory=SeriesOptions)
     half: int = 0
     symbols: int = 16
     memory: int = 8
@@ -120,6 +123,9 @@ def build_problem(task: Task) -> Problem:
     data = task.data
     if data.kind == "text":
         return text_problem(_texts(data), data.batch, data.text)
+    if data.kind == "series":
+        common = data.paths, data.split, data.batch, task.seed
+        return series_problem(*common, data.series)
     if data.kind == "labelled":
         common = data.paths, data.split, data.batch, task.seed
         return labelled_problem(*common, data.labelled)
