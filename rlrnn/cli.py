@@ -1,4 +1,4 @@
-"""The command line: `rlrnn train | fit | tune | evaluate | predict | export | ...`.
+"""The command line: `rlrnn train | fit | tune | evaluate | predict | ...`.
 
 Exit codes: 0 done; 2 bad input, with one line that says what to do; 130 and 143
 stopped by SIGINT and SIGTERM, after saving; anything else is our mistake.
@@ -37,6 +37,7 @@ usage: rlrnn COMMAND [options]
   fit        a recurrent model on sequences, under a controller of rate and truncation
   tune       a controller: the agent, playing training runs
   evaluate   a finished run: rlrnn evaluate RUN
+  predict    what a finished model makes of new data: rlrnn predict RUN INPUT
   export     a finished run's model or agent as ONNX: rlrnn export RUN
   play       an environment in the terminal, yourself or by a run's agent
   demo       all of it, in a few minutes
@@ -346,6 +347,47 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _predict(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="rlrnn predict",
+        description="What a finished model makes of new data: text that goes on from a "
+        "prompt, forecasts, labels, transcriptions.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder, or its model.zip")
+    parser.add_argument(
+        "input",
+        metavar="INPUT",
+        help="a prompt; for other data a file, a folder or a glob, as in training",
+    )
+    parser.add_argument("--output", help="of a table; default: RUN/predictions.csv")
+    parser.add_argument(
+        "--score", action="store_true", help="INPUT is a text file: how likely is it?"
+    )
+    parser.add_argument(
+        "--length", type=int, default=300, help="of a text, in symbols; default: 300"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the likeliest; default: 0.8"
+    )
+    parser.add_argument("--top_k", type=int, help="draw from so many symbols alone")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="of this share of the probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--levels", type=float, nargs="+", help="quantiles of a forecast"
+    )
+    options = vars(parser.parse_args(arguments))
+    from rlrnn.prediction import predict
+
+    made = predict(options.pop("run"), options.pop("input"), **options)
+    if "text" in made:
+        print(made["text"])
+    else:
+        _report(made)
+    return 0
+
+
 def _export(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="rlrnn export",
@@ -421,6 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _flow(command, rest)
         others = {
             "evaluate": _evaluate,
+            "predict": _predict,
             "export": _export,
             "play": _play,
             "demo": _demo,

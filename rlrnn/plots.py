@@ -110,3 +110,29 @@ def plot_confusion(counts: NDArray[Any], names: Sequence[str], path: Path) -> Pa
                 axis.text(j, i, number, ha="center", va="center", color=shade)
     figure.savefig(path, dpi=120)
     return path
+
+
+def plot_forecast(forecast: Any, path: Path, most: int = 8) -> Path:
+    """What follows the end of each series (the first `most` of them), with its
+    outermost quantiles as a band. `forecast`: a `rlrnn.data.forecasts.Forecast`."""
+    shown = [
+        (s, v) for s in range(len(forecast.names)) for v in range(len(forecast.targets))
+    ][:most]
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.5 + 1.5 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+    for axis, (s, v) in zip(axes, shown, strict=True):
+        times = forecast.times[s]
+        axis.plot(times, forecast.values[s, :, v])
+        if forecast.quantiles.shape[-1] > 1:
+            band = forecast.quantiles[s, :, v]
+            label = f"{min(forecast.levels):g} to {max(forecast.levels):g}"
+            axis.fill_between(
+                times, band.min(-1), band.max(-1), alpha=0.25, label=label
+            )
+            axis.legend()
+        axis.set_title(f"{forecast.names[s]}: {forecast.targets[v]}", fontsize=9)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,236 @@
+"""What a trained model says of new data: `rlrnn predict RUN INPUT`.
+
+Text is continued, or scored; a table is forecast; recordings and sequences are
+labelled or transcribed. Nothing of the training data is needed.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlrnn import plots, seeding
+from rlrnn.data.chunks import Batches
+from rlrnn.data.forecasts import forecast
+from rlrnn.data.labelled import (
+    LabelledOptions,
+    decode_label,
+    encode_labelled,
+    read_labelled,
+)
+from rlrnn.data.speech import decode_text as decode_speech
+from rlrnn.data.speech import encode_speech
+from rlrnn.data.text import decode_text, encode_text, read_text
+from rlrnn.evaluation import evaluating, outputs
+from rlrnn.finished import Finished, load_model
+from rlrnn.models import SequenceModel
+from rlrnn.objectives import Classes, Ctc
+
+CHUNK = 256  # steps of a long input at a time
+
+
+# --- text -----------------------------------------------------------------------------
+
+
+def chosen(
+    logits: Tensor,
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int,
+    generator: torch.Generator,
+) -> int:
+    """One symbol drawn from logits [C].
+
+    Of the `top_k` likeliest alone, then of the fewest of those that hold the share
+    `top_p` of the probability (nucleus sampling, Holtzman et al. 2020). Temperature 0
+    takes the likeliest.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    logits = logits.double() / temperature
+    if top_k is not None and top_k < len(logits):
+        least = logits.topk(top_k).values[-1]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    ordered, place = logits.softmax(-1).sort(descending=True)
+    # those before which less than top_p was held; the first is always among them
+    held = ordered.cumsum(-1) - ordered
+    ordered = ordered.masked_fill(held >= top_p, 0.0)
+    return int(place[torch.multinomial(ordered, 1, generator=generator)])
+
+
+@torch.no_grad()
+def sample(
+    model: SequenceModel,
+    prompt: Tensor,
+    length: int,
+    choose: Callable[[Tensor], int],
+) -> Iterator[int]:
+    """`length` symbols after a prompt [T], each read by the model before the next one
+    is drawn from its logits; the state is carried."""
+    state, out = model.initial_state(1), None
+    for begin in range(0, len(prompt), CHUNK):
+        part = prompt[begin : begin + CHUNK]
+        out, state = model(part.unsqueeze(1), state)
+    assert out is not None, "a prompt has at least one symbol"
+    for _ in range(length):
+        symbol = choose(out[-1, 0])
+        yield symbol
+        read = prompt.new_tensor([[symbol]])
+        out, state = model(read, state)
+
+
+def continue_text(
+    finished: Finished,
+    prompt: str,
+    length: int,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int = 1.0,
+    seed: int = 0,
+) -> str:
+    """`length` symbols (characters, bytes, words or pieces) that follow a prompt. The
+    unknown symbol is never drawn.
+
+    Raises DataError for a prompt that the model cannot read, ValueError for settings
+    out of range.
+    """
+    if length < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"length is {length}, temperature {temperature} and top_p {top_p}: "
+            "expected at least 1, at least 0, and above 0 up to 1"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1")
+    symbols = torch.from_numpy(encode_text(finished.format, prompt))
+    if not len(symbols):
+        raise ValueError("the prompt is empty; give at least one character")
+    generator = torch.Generator().manual_seed(seeding.derive(seed, "sample"))
+    unknown = finished.format["level"] in ("characters", "words")
+
+    def choose(logits: Tensor) -> int:
+        if unknown:
+            logits = logits.clone()
+            logits[0] = -math.inf
+        return chosen(logits, temperature, top_k, top_p, generator)
+
+    drawn = list(sample(finished.model, symbols, length, choose))
+    return decode_text(finished.format, drawn)
+
+
+def score_text(finished: Finished, text: str, name: str) -> dict[str, float]:
+    """How well a model predicts a text: nats and bits per symbol, perplexity."""
+    symbols = torch.from_numpy(encode_text(finished.format, text, name))
+    if len(symbols) < 2:
+        raise ValueError(f"{name} is too short to score: expected at least 2 symbols")
+    state, nats = finished.model.initial_state(1), 0.0
+    with evaluating(finished.model):
+        for begin in range(0, len(symbols) - 1, CHUNK):
+            part = symbols[begin : begin + CHUNK + 1]
+            logits, state = finished.model(part[:-1].unsqueeze(1), state)
+            nats += float(F.cross_entropy(logits[:, 0], part[1:], reduction="sum"))
+    mean = nats / (len(symbols) - 1)
+    return {
+        "symbols": float(len(symbols)),
+        "nats": mean,
+        "bits": mean / math.log(2),
+        "perplexity": math.exp(min(mean, 700.0)),
+    }
+
+
+# --- sequences of numbers -------------------------------------------------------------
+
+
+def each_output(
+    model: SequenceModel, sequences: Sequence[NDArray[Any]]
+) -> Iterator[Tensor]:
+    """The model's outputs [T, C] for each sequence [T, D]."""
+    for sequence in sequences:
+        source = Batches([sequence], [0], 1)
+        with evaluating(model):
+            for _, out in outputs(model, source, source.length):
+                yield out[:, 0]
+
+
+def label(finished: Finished, names: list[str], inputs: list[Any]) -> pd.DataFrame:
+    """A row for each sequence: its name, and its label with the probability of each
+    class, its number, or its transcription."""
+    rows: list[dict[str, Any]] = []
+    objective, format = finished.objective, finished.format
+    for name, out in zip(names, each_output(finished.model, inputs), strict=True):
+        row: dict[str, Any] = {"name": name}
+        if isinstance(objective, Ctc):
+            (labels,) = objective.decode(out.unsqueeze(1), None)
+            row["text"] = decode_speech(labels, format)
+        elif isinstance(objective, Classes):
+            shares = out[-1].softmax(-1).tolist()
+            row["label"] = objective.names[int(np.argmax(shares))]
+            row |= dict(zip(objective.names, shares, strict=True))
+        else:
+            row["value"] = decode_label(out[-1].numpy(), format)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# --- the command ----------------------------------------------------------------------
+
+
+def predict(
+    run: str | Path,
+    given: str,
+    output: str | Path | None = None,
+    score: bool = False,
+    levels: list[float] | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """What a run's model makes of `given`: a prompt, or with `score` a text file, for
+    text; else a file, a folder or a glob of what it was trained on. Tables are written
+    to `output`, by default beside the model.
+
+    Raises DataError, in one line, for what does not fit.
+    """
+    finished = load_model(run)
+    kind = str(finished.format.get("kind"))
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    if score and kind != "text":
+        raise ValueError(f"--score is for texts, but {run} has learned {kind}")
+    if kind == "text":
+        if score:
+            return score_text(finished, read_text(given), given)
+        return {"text": given + continue_text(finished, given, **sampling)}
+    if kind == "series":
+        made = forecast(finished.model, finished.format, given, levels or ())
+        picture = plots.plot_forecast(made, folder / "forecast.png")
+        told = {"series": len(made.names), "horizon": made.values.shape[1]}
+        return {**told, **_table(made.frame(), output, folder), "plot": str(picture)}
+    if kind == "labelled":
+        options = LabelledOptions(**finished.format["options"])
+        read = read_labelled(given, options, labels=False)
+        inputs = [encode_labelled(one, finished.format) for one in read]
+        frame = label(finished, [one.where for one in read], inputs)
+    elif kind == "speech":
+        found = encode_speech(given, finished.format)
+        frame = label(finished, [name for name, _ in found], [x for _, x in found])
+    else:
+        raise ValueError(
+            f"{run} has learned {kind}, of which nothing new can be predicted; "
+            "expected a run on text, series, speech or labelled sequences"
+        )
+    return {"sequences": len(frame), **_table(frame, output, folder)}
+
+
+def _table(
+    frame: pd.DataFrame, output: str | Path | None, folder: Path
+) -> dict[str, str]:
+    path = Path(output or folder / "predictions.csv")
+    try:
+        frame.to_csv(path, index=False)
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    return {"first": str(frame.iloc[0, 1]), "file": str(path)}

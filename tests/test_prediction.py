@@ -1,0 +1,133 @@
+"""Predictions: what is drawn, and that streaming gives what whole sequences give."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rlrnn.data.chunks import Symbols
+from rlrnn.data.files import DataError, Paths
+from rlrnn.data.labelled import (
+    LabelledOptions,
+    encode_labelled,
+    labelled_problem,
+    read_labelled,
+)
+from rlrnn.finished import Finished
+from rlrnn.models import ModelConfig, SequenceModel
+from rlrnn.objectives import Classes
+from rlrnn.prediction import chosen, continue_text, label, sample, score_text
+from rlrnn.tasks import build_model
+
+VOCABULARY = "\ufffdabcde \n"
+FORMAT = {"kind": "text", "level": "characters", "vocabulary": VOCABULARY}
+
+
+@pytest.fixture(scope="module")
+def text_model() -> Finished:
+    torch.manual_seed(0)
+    count = len(VOCABULARY)
+    model = SequenceModel(Symbols(count), count, ModelConfig(hidden_size=16)).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(8)  # sure of itself, so that choices differ
+    return Finished(model, Symbols(count), Classes(count), FORMAT, {})
+
+
+def frequencies(logits: torch.Tensor, **options: object) -> torch.Tensor:
+    settings = {"temperature": 1.0, "top_k": None, "top_p": 1.0, **options}
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        chosen(logits, generator=generator, **settings)  # type: ignore[arg-type]
+        for _ in range(4000)
+    ]
+    return torch.bincount(torch.tensor(drawn), minlength=len(logits)) / len(drawn)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    shares = frequencies(logits)
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.03, rtol=0)
+    cold = frequencies(logits, temperature=0.5)
+    torch.testing.assert_close(cold, (2 * logits).softmax(-1), atol=0.03, rtol=0)
+    assert frequencies(logits, temperature=0)[2] == 1
+
+
+def test_top_k_and_the_nucleus() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    two = frequencies(logits, top_k=2)
+    torch.testing.assert_close(
+        two, torch.tensor([4 / 7, 3 / 7, 0, 0]), atol=0.03, rtol=0
+    )
+    # 0.7 is held by two; 0.71 needs the third; a tiny share leaves the likeliest
+    assert frequencies(logits, top_p=0.7).count_nonzero() == 2
+    assert frequencies(logits, top_p=0.71).count_nonzero() == 3
+    assert frequencies(logits, top_p=1e-9)[0] == 1
+
+
+def test_streaming_draws_what_the_whole_sequence_says(text_model: Finished) -> None:
+    """The likeliest symbols, one at a time, are those that one pass over prompt and
+    continuation has at each place."""
+    prompt = torch.tensor([1, 2, 3, 4] * 100)  # longer than a piece
+    drawn = list(sample(text_model.model, prompt, 50, lambda out: int(out.argmax())))
+    everything = torch.cat((prompt, torch.tensor(drawn))).unsqueeze(1)
+    with torch.no_grad():
+        out, _ = text_model.model(everything, text_model.model.initial_state(1))
+    assert drawn == out[len(prompt) - 1 : -1, 0].argmax(-1).tolist()
+
+
+def test_continuing_a_text(text_model: Finished) -> None:
+    once = continue_text(text_model, "abc", 40, seed=1)
+    assert once == continue_text(text_model, "abc", 40, seed=1)
+    assert once != continue_text(text_model, "abc", 40, seed=2)
+    assert len(once) == 40 and VOCABULARY[0] not in once
+    with pytest.raises(DataError, match="the prompt has 'x'"):
+        continue_text(text_model, "abx", 5)
+    with pytest.raises(ValueError, match="top_p 0"):
+        continue_text(text_model, "abc", 5, top_p=0.0)
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        continue_text(text_model, "", 5)
+
+
+def test_the_score_of_a_text_is_its_mean_cross_entropy(text_model: Finished) -> None:
+    text = "abcde dcb\n" * 60
+    symbols = torch.tensor([VOCABULARY.index(c) for c in text])
+    with torch.no_grad():
+        state = text_model.model.initial_state(1)
+        logits, _ = text_model.model(symbols[:-1].unsqueeze(1), state)
+    nats = float(F.cross_entropy(logits[:, 0], symbols[1:]))
+    figures = score_text(text_model, text, "a.txt")
+    assert figures["nats"] == pytest.approx(nats, rel=1e-5)
+    assert figures["bits"] == pytest.approx(nats / np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_labels_of_sequences_are_the_model_s(
+    tmp_path: Path, bidirectional: bool
+) -> None:
+    """One at a time and without padding, as in a padded batch."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"label": "xyz"[i % 3], **{f"t{t}": rng.normal() for t in range(12)}}
+        for i in range(60)
+    ]
+    path = tmp_path / "a.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    options = LabelledOptions()
+    problem = labelled_problem(Paths(str(path)), [0.7, 0.1, 0.2], 4, 0, options)
+    config = ModelConfig(hidden_size=8, bidirectional=bidirectional, readout="mean")
+    model = build_model(problem, config, 0).eval()
+    objective = problem.objective
+    finished = Finished(model, problem.inputs, objective, problem.format, {})
+    read = read_labelled(path, options, labels=False)
+    inputs = [encode_labelled(one, problem.format) for one in read]
+    frame = label(finished, [one.where for one in read], inputs)
+    assert list(frame.columns) == ["name", "label", "x", "y", "z"]
+    np.testing.assert_allclose(frame[["x", "y", "z"]].sum(axis=1), 1, rtol=1e-5)
+    x = torch.from_numpy(np.stack(inputs, 1))
+    with torch.no_grad():
+        out, _ = model(x, model.initial_state(len(read)))
+    shares = out[-1].softmax(-1).numpy()
+    np.testing.assert_allclose(frame[["x", "y", "z"]], shares, atol=1e-5)
