@@ -11,7 +11,9 @@ from rlrnn.checks import at_least, one_of
 from rlrnn.data.chunks import Problem
 from rlrnn.data.files import Paths
 from rlrnn.data.labelled import LabelledOptions, labelled_problem
+from rlrnn.data.music import MusicOptions, music_problem
 from rlrnn.data.series import SeriesOptions, series_problem
+from rlrnn.data.speech import SpeechOptions, speech_problem
 from rlrnn.data.synthetic import copy_problem, markov_problem
 from rlrnn.data.text import (
     Text,
@@ -27,7 +29,7 @@ from rlrnn.recurrent import Cell
 from rlrnn.training import Optimizer, Trainer, TrainingConfig
 
 SIZE = 3_000_000  # symbols, where data.size does not say how many
-Kind = Literal["text", "series", "labelled", "markov", "copy"]
+Kind = Literal["text", "series", "speech", "labelled", "music", "markov", "copy"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class DataConfig:
         symbols: of the synthetic kinds.
         memory: how many steps back a synthetic sequence reaches.
         labelled: how files of labelled sequences are read.
+        speech: how recordings are read.
+        music: how piano rolls are read.
     """
 
     kind: Kind = "text"
@@ -69,6 +73,8 @@ class DataConfig:
     symbols: int = 16
     memory: int = 8
     labelled: LabelledOptions = field(default_factory=LabelledOptions)
+    speech: SpeechOptions = field(default_factory=SpeechOptions)
+    music: MusicOptions = field(default_factory=MusicOptions)
 
     def __post_init__(self) -> None:
         one_of("data.kind", self.kind, Kind)
@@ -123,15 +129,20 @@ def build_problem(task: Task) -> Problem:
     data = task.data
     if data.kind == "text":
         return text_problem(_texts(data), data.batch, data.text)
-    if data.kind == "series":
-        common = data.paths, data.split, data.batch, task.seed
-        return series_problem(*common, data.series)
-    if data.kind == "labelled":
-        common = data.paths, data.split, data.batch, task.seed
-        return labelled_problem(*common, data.labelled)
-    rng = np.random.default_rng(seeding.derive(task.seed, "data"))
-    make = markov_problem if data.kind == "markov" else copy_problem
-    return make(rng, data.size or SIZE, data.batch, data.symbols, data.memory)
+    if data.kind in ("markov", "copy"):
+        rng = np.random.default_rng(seeding.derive(task.seed, "data"))
+        make = markov_problem if data.kind == "markov" else copy_problem
+        return make(rng, data.size or SIZE, data.batch, data.symbols, data.memory)
+    common = data.paths, data.split, data.batch, task.seed
+    match data.kind:
+        case "series":
+            return series_problem(*common, data.series)
+        case "speech":
+            return speech_problem(*common, data.speech)
+        case "music":
+            return music_problem(*common, data.music)
+        case _:
+            return labelled_problem(*common, data.labelled)
 
 
 def _texts(data: DataConfig) -> tuple[Text, Text, Text]:
