@@ -43,6 +43,8 @@ class ModelConfig:
         input_dropout: the same, of the encoder's output.
         weight_drop: share of recurrent weights that are zero in a window (Merity et
             al. 2018).
+        reach: steps after which units forget at first, from 1 to this (chrono
+            initialisation, Tallec & Ollivier 2018); without it, torch's biases.
     """
 
     cell: Cell = "lstm"
@@ -58,13 +60,18 @@ class ModelConfig:
     dropout: float = 0.0
     input_dropout: float = 0.0
     weight_drop: float = 0.0
+    reach: int | None = None
 
     def __post_init__(self) -> None:
         one_of("model.cell", self.cell, Cell)
         one_of("model.readout", self.readout, Readout)
         at_least("model.hidden_size", self.hidden_size, 1)
         at_least("model.layers", self.layers, 1)
-        for name in ("embedding_size", "projection"):
+        if self.reach is not None and self.cell == "rnn":
+            raise ValueError(
+                f"model.reach is {self.reach}, but rnn has no gates: leave it out"
+            )
+        for name in ("embedding_size", "projection", "reach"):
             if getattr(self, name) is not None:
                 at_least(f"model.{name}", getattr(self, name), 1)
         for name in ("dropout", "input_dropout", "weight_drop"):
@@ -90,11 +97,12 @@ class SequenceModel(nn.Module):
         for layer in range(config.layers):
             for _ in range(stacks):
                 reads = width if layer == 0 else stacks * config.hidden_size
-                self.cores.append(
-                    Recurrent(
-                        reads, config.hidden_size, 1, config.cell, config.weight_drop
-                    )
+                core = Recurrent(
+                    reads, config.hidden_size, 1, config.cell, config.weight_drop
                 )
+                if config.reach is not None:
+                    core.reach(config.reach)
+                self.cores.append(core)
             if config.layer_norm:
                 self.norms.append(nn.LayerNorm(stacks * config.hidden_size))
         width = stacks * config.hidden_size

@@ -226,6 +226,28 @@ class Recurrent(nn.Module):
             outputs.append(x)
         return outputs
 
+    @torch.no_grad()
+    def reach(self, steps: int) -> None:
+        """Draws the gates' biases anew, so that units forget after 1 to `steps` steps:
+        chrono initialisation (Tallec & Ollivier 2018, "Can recurrent neural networks
+        warp time?"), from torch's default generator. A gate that keeps a share
+        1 - 1/T of the state at each step has the bias log(T - 1)."""
+        assert self.cell != "rnn", "it has no gates"
+        size = self.hidden_size
+        for layer in range(self.layers):
+            weights = self.weights(layer)
+            keep = torch.empty(size).uniform_(1, max(1.0, steps - 1)).log()
+            keep = keep.to(weights[0].device)
+            if self.cell == "mingru":
+                weights[1][:size] = -keep
+                continue
+            b_x, b_h = weights[2:]
+            gates = slice(0, 2 * size)  # lstm: new, keep; gru: reset, keep
+            b_x[gates] = b_h[gates] = 0
+            b_x[size : 2 * size] = keep
+            if self.cell == "lstm":
+                b_x[:size] = -keep
+
     def weights(self, layer: int) -> list[Tensor]:
         """w_x [G, D], w_h [G, H], b_x [G], b_h [G] of a layer; of a minGRU w_x [2H, D]
         and b_x [2H].

@@ -12,9 +12,10 @@ from rlrnn.data.chunks import Problem
 from rlrnn.data.files import Paths
 from rlrnn.data.labelled import LabelledOptions, labelled_problem
 from rlrnn.data.music import MusicOptions, music_problem
+from rlrnn.data.pixels import PixelsOptions, pixels_problem
 from rlrnn.data.series import SeriesOptions, series_problem
 from rlrnn.data.speech import SpeechOptions, speech_problem
-from rlrnn.data.synthetic import copy_problem, markov_problem
+from rlrnn.data.synthetic import adding_problem, copy_problem, markov_problem
 from rlrnn.data.text import (
     Text,
     TextOptions,
@@ -24,12 +25,23 @@ from rlrnn.data.text import (
     text_problem,
 )
 from rlrnn.device import resolve_device
+from rlrnn.ledger import Optimizer, TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.recurrent import Cell
-from rlrnn.training import Optimizer, Trainer, TrainingConfig
+from rlrnn.training import Trainer
 
 SIZE = 3_000_000  # symbols, where data.size does not say how many
-Kind = Literal["text", "series", "speech", "labelled", "music", "markov", "copy"]
+Kind = Literal[
+    "text",
+    "series",
+    "speech",
+    "labelled",
+    "music",
+    "pixels",
+    "markov",
+    "copy",
+    "adding",
+]
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class DataConfig:
     """What is learned.
 
     Args:
-        kind: text, series (forecasts), labelled (sequences, each with a class or a
-            number), markov or copy (synthetic).
+        kind: text, series (forecasts), speech, labelled (sequences, each with a class
+            or a number), music, pixels (images), or synthetic: markov, copy, adding.
         path: a file, a folder or a glob (`$RLRNN_DATA/...` is under that folder);
             without one, the text is the sources of the standard library.
         valid: the validation part, if it is not cut from path.
@@ -53,10 +65,12 @@ class DataConfig:
         series: what is forecast from what, in files of time series.
         half: of the standard library's modules, 0 or 1 (meta-training reads 1).
         symbols: of the synthetic kinds.
-        memory: how many steps back a synthetic sequence reaches.
+        memory: how many steps back a synthetic sequence reaches; of adding, its steps.
+        string: symbols that copy has to recall.
         labelled: how files of labelled sequences are read.
         speech: how recordings are read.
         music: how piano rolls are read.
+        pixels: how images become sequences.
     """
 
     kind: Kind = "text"
@@ -72,9 +86,11 @@ class DataConfig:
     half: int = 0
     symbols: int = 16
     memory: int = 8
+    string: int = 4
     labelled: LabelledOptions = field(default_factory=LabelledOptions)
     speech: SpeechOptions = field(default_factory=SpeechOptions)
     music: MusicOptions = field(default_factory=MusicOptions)
+    pixels: PixelsOptions = field(default_factory=PixelsOptions)
 
     def __post_init__(self) -> None:
         one_of("data.kind", self.kind, Kind)
@@ -83,7 +99,8 @@ class DataConfig:
             at_least("data.size", self.size, 1)
         at_least("data.skip", self.skip, 0)
         at_least("data.symbols", self.symbols, 2)
-        at_least("data.memory", self.memory, 1)
+        at_least("data.memory", self.memory, 2 if self.kind == "adding" else 1)
+        at_least("data.string", self.string, 1)
         if self.half not in (0, 1):
             raise ValueError(f"data.half is {self.half}, expected 0 or 1")
         *needed, test = [float(share) for share in self.split] or [0.0]
@@ -129,10 +146,18 @@ def build_problem(task: Task) -> Problem:
     data = task.data
     if data.kind == "text":
         return text_problem(_texts(data), data.batch, data.text)
-    if data.kind in ("markov", "copy"):
-        rng = np.random.default_rng(seeding.derive(task.seed, "data"))
-        make = markov_problem if data.kind == "markov" else copy_problem
-        return make(rng, data.size or SIZE, data.batch, data.symbols, data.memory)
+    size, batch = data.size or SIZE, data.batch
+    data_seed = seeding.derive(task.seed, "data")
+    match data.kind:
+        case "markov":
+            rng = np.random.default_rng(data_seed)
+            return markov_problem(rng, size, batch, data.symbols, data.memory)
+        case "copy":
+            rng = np.random.default_rng(data_seed)
+            string = data.symbols, data.memory, data.string
+            return copy_problem(rng, size, batch, *string)
+        case "adding":
+            return adding_problem(data_seed, size, batch, data.memory)
     common = data.paths, data.split, data.batch, task.seed
     match data.kind:
         case "series":
@@ -141,6 +166,8 @@ def build_problem(task: Task) -> Problem:
             return speech_problem(*common, data.speech)
         case "music":
             return music_problem(*common, data.music)
+        case "pixels":
+            return pixels_problem(*common, data.pixels)
         case _:
             return labelled_problem(*common, data.labelled)
 
