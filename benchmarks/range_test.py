@@ -15,9 +15,9 @@ import torch
 
 from rlrnn.control import prior
 from rlrnn.flows import run_task
+from rlrnn.ledger import Optimizer, TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.tasks import DataConfig, Task, build_trainer
-from rlrnn.training import Optimizer, TrainingConfig
 
 TEXT = DataConfig(size=600_000, batch=16, half=1)
 MARKOV = DataConfig("markov", size=200_000, batch=16, symbols=16, memory=6)

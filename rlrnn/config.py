@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from rlrnn.checks import at_least, one_of
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.recurrent import Cell
 from rlrnn.tasks import DataConfig, Tasks
 from rlrnn.tracking import Mode
-from rlrnn.training import TrainingConfig
 
 AgentCell = Literal[Cell, "none"]
 

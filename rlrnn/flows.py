@@ -54,11 +54,12 @@ from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
 from rlrnn.evaluation import inference_speed, score, tally
 from rlrnn.finished import load_model, same, save_model
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes
 from rlrnn.tasks import DataConfig, Task, Tasks, build_problem, build_trainer
 from rlrnn.tracking import LoggerMirror, NotARunError, Run, read_metrics
-from rlrnn.training import Trainer, TrainingConfig
+from rlrnn.training import Trainer
 from rlrnn.transfer import transfer
 
 Config = TypeVar("Config", TrainConfig, FitConfig, TuneConfig)

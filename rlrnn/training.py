@@ -5,9 +5,9 @@
         knobs, state = controller(signals, state)
         signals = trainer.step(knobs)
 
-The trainer is the physics of the tuning environment: it spends a budget of tokens (one
-token is one step of one stream; forward only counts a third), recovers from
-divergence whoever holds the knobs, and reads the device once per interval.
+The trainer is the physics of the tuning environment: it spends a budget of tokens,
+recovers from divergence whoever holds the knobs, and reads the device once per
+interval. Its books are kept by `rlrnn.ledger`.
 """
 
 import copy
@@ -15,123 +15,20 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlrnn.checks import at_least, one_of, share
-from rlrnn.control import TRUNCATION_BOUNDS, Array, Knobs, Signals
-from rlrnn.data.chunks import Chunk, Problem
+from rlrnn.control import Array, Knobs, Signals
+from rlrnn.data.chunks import Chunk, Problem, Source
 from rlrnn.evaluation import mean_loss, score
+from rlrnn.ledger import Ledger, Measured, TrainingConfig
 from rlrnn.models import SequenceModel, activation_penalty
-from rlrnn.rangetest import suggest_lambda
-
-Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
-Select = Literal["last", "valid"]
-Frozen = Literal["none", "encoder", "core"]
-
-FORWARD_COST = 1 / 3  # of a token that is also trained on
-WINDOWS = 4  # the fewest in a decision interval
-GIVE_UP = 3  # recoveries in a row
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a model is trained.
-
-    Args:
-        budget: tokens to spend, on training, probing, range test and all.
-        optimizer: sgd, momentum (0.9), adam or adamw.
-        weight_decay: decoupled for adamw, an L2 penalty for the others.
-        clip: the gradient norm above which gradients are scaled down.
-        decisions: intervals that a controller decides on; a sixth of them lie in the
-            first 5 % of the budget.
-        probe_share: of the budget, spent on watching the probe loss.
-        range_test_share: of the budget, spent on a range test if one is asked for.
-        epochs: passes over the training part, in place of a budget in tokens.
-        accumulate: windows whose gradients make one update.
-        average: share of the budget over which weights are averaged (an exponential
-            moving average with that time constant); 0 for none.
-        ar: weight of the squared outputs of the last layer (activation
-            regularisation), and
-        tar: of their squared changes from step to step (temporal; Merity et al. 2017).
-        select: the weights that are kept: the last, or those of the decision with the
-            lowest validation loss (measured after each, outside the budget).
-        frozen: parts that never learn: encoder, or core (encoder and layers).
-        unfreeze: share of the budget over which layers begin to learn, one after the
-            other, from the head down (Howard & Ruder 2018); 0: all learn at once.
-        layer_decay: the rate of a layer is this times that of the one above it (the
-            same).
-        patience: decisions without a lower validation loss after which training ends.
-    """
-
-    budget: float = 1_000_000.0
-    optimizer: Optimizer = "adam"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    decisions: int = 24
-    probe_share: float = 0.02
-    range_test_share: float = 0.04
-    epochs: float | None = None
-    accumulate: int = 1
-    average: float = 0.0
-    ar: float = 0.0
-    tar: float = 0.0
-    frozen: Frozen = "none"
-    unfreeze: float = 0.0
-    layer_decay: float = 1.0
-    select: Select = "last"
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        one_of("optimizer", self.optimizer, Optimizer)
-        one_of("select", self.select, Select)
-        one_of("frozen", self.frozen, Frozen)
-        if not self.budget >= 1:
-            raise ValueError(f"budget is {self.budget}, expected at least 1 token")
-        for name in ("clip", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}, expected a number above 0")
-        at_least("decisions", self.decisions, 6)
-        at_least("accumulate", self.accumulate, 1)
-        for name in ("weight_decay", "ar", "tar"):
-            at_least(name, getattr(self, name), 0)
-        for name in ("average", "unfreeze"):
-            share(name, getattr(self, name))
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(
-                f"layer_decay is {self.layer_decay}, expected above 0 and at most 1"
-            )
-        if self.patience is not None:
-            at_least("patience", self.patience, 1)
-            if self.select != "valid":
-                raise ValueError(
-                    f"patience is {self.patience}, but select is {self.select!r}: "
-                    "expected select valid"
-                )
-        for name in ("probe_share", "range_test_share"):
-            if not 0 < getattr(self, name) < 0.5:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, expected between 0 and 0.5"
-                )
-
-    def boundary(self, decision: int) -> float:
-        """The share of the budget that is spent when this decision's turn comes."""
-        early = self.decisions // 6
-        if decision <= early:
-            return 0.05 * decision / early
-        return 0.05 + 0.95 * (decision - early) / (self.decisions - early)
-
-    @property
-    def power(self) -> float:
-        """p of lr = lambda K^p."""
-        return 0.5 if self.optimizer.startswith("adam") else 1.0
-
-
-class Trainer:
+class Trainer(Ledger):
     """One supervised run of a `SequenceModel` on a `Problem`.
 
     The model and the sources are expected on one device. All that is random is
@@ -148,21 +45,14 @@ class Trainer:
         config: TrainingConfig,
         seed: int = 0,
     ) -> None:
+        super().__init__(problem, config)
         self.model = model
-        self.problem = problem
-        self.config = config
         self.device = next(model.parameters()).device
-        self.source = problem.train
-        self.batch = self.source.batch
         if model.config.bidirectional and not self.source.whole:
             raise ValueError(
                 "model.bidirectional is true, but these data are streams without an "
                 "end; it is for whole sequences"
             )
-        self.budget = config.budget
-        if config.epochs is not None:
-            tokens = config.epochs * self.source.length * self.batch
-            self.budget = tokens / (1 - config.probe_share)
         self.generator = torch.Generator(self.device).manual_seed(seed % 2**63)
         model.seed(self.generator)
         self.parameters, self.groups = self._learning_parts()
@@ -172,43 +62,9 @@ class Trainer:
             [p.detach().clone() for p in self.parameters] if config.average else []
         )
         self.best: list[Tensor] = []  # weights of the lowest validation loss
-        self.position = 0  # of the next window, in time steps
-        self.spent = 0.0  # tokens
-        self.origin = 0.0  # tokens spent before the first decision
-        self.decision = 0
-        self.lr_scale = 1.0
-        self.ceiling = math.inf  # no raises above it for two decisions after a recovery
-        self.held = 0
-        self.failures = 0  # recoveries in a row
-        self.usual_loss = math.nan
-        self.usual_noise = math.nan
-        self.last_probe = math.nan
-        self.range_lr = math.nan
         self.updates = 0
         self.valid_loss = math.nan  # the last, where it is measured
         self.best_valid = math.inf
-        self.waited = 0  # decisions since then
-        probes = self.budget * config.probe_share / FORWARD_COST
-        per_probe = probes / (config.decisions + 1) / problem.probe.batch
-        self.probe_steps = int(min(max(per_probe, 32), problem.probe.length))
-        self._check_budget()
-
-    def _check_budget(self) -> None:
-        shortest = self.source.typical(TRUNCATION_BOUNDS[0])
-        least = 1.1 * self._fewest * shortest * self.batch + self._probe_cost
-        first = self.config.boundary(1)
-        if self.budget * first >= least:
-            return
-        needed = math.ceil(least / first)
-        given, more = f"budget is {self.budget:.0f} tokens", "raise the budget"
-        if self.config.epochs is not None:
-            given = f"epochs is {self.config.epochs:g}, {self.budget:.0f} tokens"
-            more = "raise the epochs"
-        raise ValueError(
-            f"{given}, expected at least {needed} tokens for {self.batch} streams and "
-            f"{self.config.decisions} decisions; {more}, or lower the streams or the "
-            "decisions"
-        )
 
     def _learning_parts(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
         """What learns, and the optimiser's groups: a part each, from the top down, the
@@ -262,62 +118,10 @@ class Trainer:
                     weight_decay=decay,
                 )
 
-    @property
-    def done(self) -> bool:
-        """Whether the budget is spent, the run has failed, or patience has ended."""
-        patience = self.config.patience
-        return (
-            self.decision >= self.config.decisions
-            or self.failures >= GIVE_UP
-            or (patience is not None and self.waited >= patience)
-        )
-
-    @property
-    def _fewest(self) -> int:
-        """Windows in a decision interval. Whole sequences may be long and few."""
-        return 1 if self.source.whole else WINDOWS
-
-    @property
-    def _probe_cost(self) -> float:
-        return FORWARD_COST * self.probe_steps * self.problem.probe.batch
-
-    def _room(self) -> float:
-        """Time steps that the next interval has room for."""
-        share = self.config.boundary(self.decision + 1)
-        end = self.origin + share * (self.budget - self.origin)
-        return max(0.0, end - self.spent - self._probe_cost) / self.batch
-
-    def _longest(self) -> int:
-        """The longest K, a power of two, of which the next interval holds 4 windows;
-        for whole sequences, the K that cuts none."""
-        shortest, longest = TRUNCATION_BOUNDS
-        if self.source.whole:
-            steps = max(float(shortest), self.source.typical(longest))
-            return int(min(longest, 2 ** math.ceil(math.log2(2 * steps))))
-        room = max(float(shortest), self._room() / WINDOWS)
-        return int(min(longest, 2 ** math.floor(math.log2(room))))
-
-    def _plan(self, truncation: int) -> list[int]:
-        """The time steps of each window of the next interval."""
-        room, t = self._room(), self.position
-        spans = [self.source.span(t, truncation)]
-        while True:
-            t += spans[-1]
-            room -= spans[-1]
-            following = self.source.span(t, truncation)
-            if room < following / 2:
-                return spans
-            spans.append(following)
-
     def start(self, range_test: bool = False) -> Signals:
         """The signals before the first decision."""
-        self.last_probe = float(self._probe())
-        self.usual_loss = self.last_probe
-        self.usual_noise = 0.05 * abs(self.last_probe)
-        if range_test:
-            self.range_lr = suggest_lambda(*self._range_test(), self.config.power)
-        self.origin = self.spent
-        return self._signals(truncation=TRUNCATION_BOUNDS[0])
+        probe = float(self._probe())
+        return self.begin(probe, self._range_test() if range_test else None)
 
     def step(self, knobs: Knobs) -> Signals:
         """One decision interval under `knobs` (arrays of length 1).
@@ -330,34 +134,28 @@ class Trainer:
         """
         if self.done:
             raise RuntimeError("the run is done: its budget is spent or it has failed")
-        truncation = min(int(knobs.truncation[0]), self._longest())
-        begin, end = (
-            min(float(rate[0]) * self.lr_scale, self.ceiling)
-            for rate in (knobs.lr, knobs.lr_end)
-        )
+        interval = self.plan(knobs)
         self._unfreeze()
         snapshot = self._snapshot()
-        interval = _Interval()
-        spans = self._plan(truncation)
-        passed, total = 0, sum(spans)
-        for number, steps in enumerate(spans):
-            share = (passed + steps / 2) / total
-            passed += steps
+        seen = _Seen()
+        last = len(interval.spans) - 1
+        for number, steps in enumerate(interval.spans):
             chunk = self._next_chunk(steps)
             if chunk.due == 0:  # nothing to learn: only the state goes on
                 with torch.no_grad():
                     _, self.hidden = self.model(chunk.x, self.hidden, chunk.starts)
                 continue
-            self._set_lr(begin + (end - begin) * share)
-            last = number == len(spans) - 1
-            watch = last and not self.source.whole and steps > 1
-            self._train(chunk, truncation, interval, last, watch)
-        if len(interval.losses) % self.config.accumulate:
-            interval.norms.append(self._update(spans[-1]))
-        interval.watched["update_ratio"] = self._update_ratio(snapshot)
-        probe = self._probe()
-        self.decision += 1
-        return self._settle(snapshot, interval, probe, end, truncation)
+            self._set_lr(float(interval.rates[number]))
+            self._train(chunk, interval.truncation, seen, number == last)
+        if len(seen.losses) % self.config.accumulate:
+            seen.norms.append(self._update(interval.spans[-1]))
+        seen.watched["update_ratio"] = self._update_ratio(snapshot)
+        signals = self.settle(interval, seen.read(self._probe()))
+        if signals.recovered[0]:
+            self._restore(snapshot)
+        elif self.config.select == "valid":
+            self._select()
+        return signals
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -373,29 +171,28 @@ class Trainer:
         self,
         chunk: Chunk,
         truncation: int,
-        interval: "_Interval",
+        seen: "_Seen",
         last: bool,
-        watch: bool,
     ) -> None:
         """One window: its gradient, and, each `accumulate` windows, an update."""
         every = self.config.accumulate
         before: list[Tensor] = []
-        if len(interval.losses) % every == 0:
-            if last and interval.losses:
+        if len(seen.losses) % every == 0:
+            if last and seen.losses:
                 before = [p.grad for p in self.parameters if p.grad is not None]
             self.optimizer.zero_grad(set_to_none=True)
-        if watch:
+        if last and watchable(self.source, len(chunk.x)):
             loss, watched = self._watched_gradient(chunk)
-            interval.watched.update(watched)
+            seen.watched.update(watched)
         else:
             loss = self._gradient(chunk, truncation)
-        interval.losses.append(loss)
-        interval.due.append(chunk.due)
-        if len(interval.losses) % every == 0:
+        seen.losses.append(loss)
+        seen.due.append(chunk.due)
+        if len(seen.losses) % every == 0:
             if before:
                 now = [p.grad for p in self.parameters if p.grad is not None]
-                interval.watched["grad_cosine"] = _cosine(before, now)
-            interval.norms.append(self._update(len(chunk.x)))
+                seen.watched["grad_cosine"] = _cosine(before, now)
+            seen.norms.append(self._update(len(chunk.x)))
 
     def _gradient(self, chunk: Chunk, truncation: int) -> Tensor:
         """Adds one window's gradient; its loss. Whole sequences begin at zero, and
@@ -449,15 +246,14 @@ class Trainer:
         self._backward(loss + penalty)
         self.hidden = state.detach()
         assert carried.grad is not None and middle.grad is not None
-        tiny = torch.finfo(loss.dtype).tiny
-        far, near = carried.grad.norm() + tiny, middle.grad.norm() + tiny
-        # Per-step quantities: the loss is a mean over the window's steps.
-        size = self.config.accumulate * far * carried.detach().norm()
-        carried_grad = size * steps / loss.detach().abs()
-        return loss.detach(), {
-            "carried_grad": carried_grad.clamp(1e-6, 1e6),
-            "grad_decay": (near.log() - far.log()) / half,
-        }
+        every = self.config.accumulate
+        return loss.detach(), fading(
+            every * carried.grad.norm(),
+            every * middle.grad.norm(),
+            carried.detach().norm(),
+            loss.detach(),
+            steps,
+        )
 
     def _update(self, steps: int) -> Tensor:
         """Clips, and moves the weights; the gradient's norm before, on the device."""
@@ -547,116 +343,12 @@ class Trainer:
         self.hidden = snapshot.hidden
         self.averaged = snapshot.averaged
 
-    def _settle(
-        self,
-        snapshot: "_Snapshot",
-        interval: "_Interval",
-        probe: Tensor,
-        lr: float,
-        truncation: int,
-    ) -> Signals:
-        """Reads the interval back from the device, and rolls it back if need be."""
-        losses, norms, watched = interval.losses, interval.norms, interval.watched
-        names = list(watched)
-        stacked = torch.stack([probe, *watched.values(), *losses, *norms])
-        # The one copy to the host of the interval.
-        numbers = stacked.double().cpu().numpy()
-        probe_loss, rest = float(numbers[0]), numbers[1 + len(names) :]
-        measured = dict(
-            zip(names, map(float, numbers[1 : 1 + len(names)]), strict=True)
-        )
-        weight = np.array(interval.due)
-        norm = rest[len(losses) :]
-        mean, noise = _mean_and_noise(rest[: len(losses)] / weight, weight)
-        usual = self.usual_loss
-        limit = usual + 6 * max(self.usual_noise, 0.02 * abs(usual))
-        self.held = max(0, self.held - 1)
-        if self.held == 0:
-            self.ceiling = math.inf
-        finite = np.isfinite(numbers).all() and np.isfinite(probe_loss)
-        if not finite or mean > limit:
-            self._restore(snapshot)
-            self.failures += 1
-            self.lr_scale /= 2
-            self.ceiling, self.held = lr / 2, 2
-            return self._signals(truncation=truncation, lr=lr, recovered=1.0)
-        self.failures = 0
-        if losses:
-            self.usual_loss += 0.3 * (mean - self.usual_loss)
-            self.usual_noise += 0.3 * (noise - self.usual_noise)
-        self.last_probe = probe_loss
-        if self.config.select == "valid":
-            self._select()
-        return self._signals(
-            truncation=truncation,
-            lr=lr,
-            train_loss=self._positive(mean),
-            loss_noise=max(noise / abs(mean), 1e-6),
-            grad_norm=float(np.exp(_mean(np.log(norm.clip(1e-12))))),
-            clip_fraction=_mean(norm > self.config.clip),
-            **measured,
-        )
-
-    def _signals(
-        self,
-        truncation: int,
-        lr: float = math.nan,
-        recovered: float = 0.0,
-        **measured: float,
-    ) -> Signals:
-        decisions, budget = self.config.decisions, self.budget
-        following = min(self.decision + 1, decisions)
-        steps = self.source.typical(truncation)
-        left = max(0.0, budget - self.spent) / self.batch / steps
-        last = self.decision >= decisions
-        values: dict[str, float] = {
-            "train_loss": math.nan,
-            "loss_noise": math.nan,
-            "grad_norm": math.nan,
-            "clip_fraction": math.nan,
-            "grad_cosine": math.nan,
-            "update_ratio": math.nan,
-            "carried_grad": math.nan,
-            "grad_decay": math.nan,
-            "progress": (self.spent - self.origin) / (budget - self.origin),
-            "next_progress": self.config.boundary(following),
-            "windows_left": left,
-            "probe_loss": self._positive(self.last_probe),
-            "lr": lr,
-            "truncation": float(truncation),
-            "truncation_max": float(truncation if last else self._longest()),
-            "range_lr": self.range_lr,
-            "adaptive": float(self.config.power < 1),
-            "recovered": recovered,
-            "lr_scale": self.lr_scale,
-            "failed": float(self.failures >= GIVE_UP),
-            "whole": float(self.source.whole),
-            **measured,
-        }
-        return Signals(**{name: np.array([value]) for name, value in values.items()})
-
-    def _positive(self, loss: float) -> float:
-        """Controllers see logarithms of losses. A log-density may be negative: of it
-        they see the loss itself."""
-        logarithmic = self.problem.objective.logarithmic
-        return math.exp(min(loss, 50.0)) if logarithmic else loss
-
     # --- range test -----------------------------------------------------------------
 
     def _range_test(self) -> tuple[Array, Array, int]:
-        """Rates, losses and K of a sweep (after Smith 2017, "Cyclical learning rates").
-
-        The rate grows by a constant factor per window. Then weights, optimiser and
-        hidden state are restored; the tokens are spent.
-        """
-        room = self.budget * self.config.range_test_share / self.batch
-        truncation = 16
-        while room / truncation < 40 and truncation > TRUNCATION_BOUNDS[0]:
-            truncation //= 2
-        typical = self.source.typical(truncation)
-        windows = int(min(max(room / typical, 16), 100))
-        low, high = (1e-4, 1.0) if self.config.power < 1 else (1e-2, 30.0)
-        rates = np.geomspace(low, high, windows)
+        """Rates, losses and K of a sweep. Then weights, optimiser and hidden state are
+        restored; the tokens are spent."""
+        rates, truncation = self.range_plan()
         snapshot = self._snapshot()
         losses = []
         for lr in rates:
@@ -673,25 +365,6 @@ class Trainer:
 
     # --- resuming -------------------------------------------------------------------
 
-    _NUMBERS = (
-        "position",
-        "spent",
-        "origin",
-        "decision",
-        "lr_scale",
-        "ceiling",
-        "held",
-        "failures",
-        "usual_loss",
-        "usual_noise",
-        "last_probe",
-        "range_lr",
-        "updates",
-        "valid_loss",
-        "best_valid",
-        "waited",
-    )
-
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on to the same bits."""
         return {
@@ -701,7 +374,7 @@ class Trainer:
             "averaged": self.averaged,
             "best": self.best,
             "generator": self.generator.get_state(),
-            "numbers": {name: getattr(self, name) for name in self._NUMBERS},
+            "numbers": {name: getattr(self, name) for name in self._kept()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -711,20 +384,11 @@ class Trainer:
         self.averaged = [p.to(self.device) for p in state["averaged"]]
         self.best = [p.to(self.device) for p in state["best"]]
         self.generator.set_state(state["generator"].cpu())
-        for name in self._NUMBERS:
+        for name in self._kept():
             setattr(self, name, state["numbers"][name])
 
-
-def _mean(values: Any) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
-
-
-def _mean_and_noise(losses: Array, weights: Array) -> tuple[float, float]:
-    """Weighted mean and standard deviation; NaN for no losses at all."""
-    if not len(losses):
-        return math.nan, math.nan
-    mean = float(np.average(losses, weights=weights))
-    return mean, math.sqrt(float(np.average((losses - mean) ** 2, weights=weights)))
+    def _kept(self) -> tuple[str, ...]:
+        return (*self.NUMBERS, "updates", "valid_loss", "best_valid")
 
 
 @dataclass(frozen=True)
@@ -736,13 +400,45 @@ class _Snapshot:
 
 
 @dataclass(frozen=True)
-class _Interval:
+class _Seen:
     """What the windows of an interval gave, on the device; `due` is on the host."""
 
     losses: list[Tensor] = field(default_factory=list)
     due: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)  # one per update
     watched: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, probe: Tensor) -> Measured:
+        """The one copy to the host of an interval."""
+        watched = list(self.watched.values())
+        stacked = torch.stack([probe, *watched, *self.losses, *self.norms])
+        numbers = stacked.double().cpu().numpy()
+        ends = np.cumsum([1, len(watched), len(self.losses)])
+        (first,), values, losses, norms = np.split(numbers, ends)
+        due = np.array(self.due)
+        named = dict(zip(self.watched, map(float, values), strict=True))
+        return Measured(float(first), losses / due, due, norms, named)
+
+
+def watchable(source: Source, steps: int) -> bool:
+    """Whether a window can be cut in the middle, to see how the gradient fades."""
+    return not source.whole and steps > 1
+
+
+def fading(
+    far: Tensor, near: Tensor, carried: Tensor, loss: Tensor, steps: int
+) -> dict[str, Tensor]:
+    """How the gradient of a window's loss fades going back: from its norms at the
+    state before the first step (`far`) and in the middle (`near`), and the norm of that
+    first state."""
+    tiny = torch.finfo(loss.dtype).tiny
+    far, near = far + tiny, near + tiny
+    # Per-step quantities: the loss is a mean over the window's steps.
+    carried_grad = far * carried * steps / loss.abs()
+    return {
+        "carried_grad": carried_grad.clamp(1e-6, 1e6),
+        "grad_decay": (near.log() - far.log()) / (steps // 2),
+    }
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from rlrnn.control import Knobs
 from rlrnn.data.chunks import Features, Problem, Streams, Symbols
 from rlrnn.finished import Finished
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes, Numbers
-from rlrnn.training import Trainer, TrainingConfig
+from rlrnn.training import Trainer
 from rlrnn.transfer import transfer
 
 CONFIG = ModelConfig(hidden_size=8, layers=2, embedding_size=6)
