@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from rlrnn import forecast_metrics
-from rlrnn.control import WarmupCosine
 from rlrnn.data.chunks import Features, Problem, Source
 from rlrnn.data.encoding import encode, fit_scalers, restored, scalers_of
 from rlrnn.data.files import DataError, Paths
@@ -19,11 +18,12 @@ from rlrnn.data.series import SeriesOptions, series_problem
 from rlrnn.data.tables import Schema, read_series
 from rlrnn.data.windows import Windows
 from rlrnn.evaluation import evaluating
+from rlrnn.flows import make_controller
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Numbers
 from rlrnn.seeding import initialising
 from rlrnn.tasks import DataConfig, Task, build_trainer
-from rlrnn.training import TrainingConfig
 
 DATA = os.environ.get("RLRNN_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="RLRNN_DATA is not set")
@@ -211,10 +211,10 @@ def test_probe_targets_are_not_trained_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("scaling", ["none", "standard", "minmax", "mean"])
+@pytest.mark.parametrize("scaling", ["none", "standard", "minmax", "mean", "change"])
 def test_scalers_invert(tmp_path: Path, scaling: str, log: bool) -> None:
     series, _ = read_series(table(tmp_path / "t.csv"), Schema())
-    offset, scale = fit_scalers(series, [200], log, scaling)
+    offset, scale = fit_scalers(series, [200], log, scaling, 7)
     options = replace(SMALL, scaling=scaling, log=log)  # type: ignore[arg-type]
     problem = problem_of(tmp_path / "t.csv", options)
     panel = encode(series, problem.format)
@@ -228,6 +228,7 @@ def test_scalers_invert(tmp_path: Path, scaling: str, log: bool) -> None:
         "standard": ([scaled.mean(0), scaled.std(0)], [[0] * 3, [1] * 3]),
         "minmax": ([scaled.min(0), scaled.max(0)], [[0] * 3, [1] * 3]),
         "mean": (np.abs(scaled).mean(0), [1] * 3),
+        "change": (np.abs(scaled[7:] - scaled[:-7]).mean(0), [1] * 3),
     }
     np.testing.assert_allclose(*facts[scaling], atol=1e-9)
 
@@ -543,7 +544,7 @@ def test_a_season_is_learned(tmp_path: Path) -> None:
     training = TrainingConfig(40_000.0, decisions=6)
     data = DataConfig("series", str(path), batch=16, series=options)
     trainer = build_trainer(Task(data, ModelConfig("gru", 16), training))
-    controller = WarmupCosine(1e-2, 8)
+    controller = make_controller("cosine", 1e-2, 8)
     signals, state = trainer.start(), controller.init(1)
     while not trainer.done:
         knobs, state = controller(signals, state)

@@ -17,24 +17,28 @@ from rlrnn.data.files import DataError
 from rlrnn.data.tables import Schema, Series
 from rlrnn.data.windows import Panel
 
-Scaling = Literal["none", "standard", "minmax", "mean"]
+Scaling = Literal["none", "standard", "minmax", "mean", "change"]
 Format = dict[str, Any]
 Array = NDArray[np.float64]
 
 
 def fit_scalers(
-    series: Sequence[Series], ends: Sequence[int], log: bool, scaling: str
+    series: Sequence[Series],
+    ends: Sequence[int],
+    log: bool,
+    scaling: str,
+    season: int = 1,
 ) -> tuple[Array, Array]:
     """Offset and scale of each series and variable, [S, V], from its first `ends`
     values. Raises DataError for variables that `log` has no logarithm of."""
     pairs = [
-        _scaler(logged(one, log)[:end], scaling)
+        _scaler(logged(one, log)[:end], scaling, season)
         for one, end in zip(series, ends, strict=True)
     ]
     return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])
 
 
-def _scaler(values: Array, scaling: str) -> tuple[Array, Array]:
+def _scaler(values: Array, scaling: str, season: int) -> tuple[Array, Array]:
     """Of columns [N, V]; one without numbers, or without spread, keeps its size."""
     count = values.shape[1]
     offset, scale = np.zeros(count), np.ones(count)
@@ -46,6 +50,9 @@ def _scaler(values: Array, scaling: str) -> tuple[Array, Array]:
             offset[v], spread = there.mean(), there.std()
         elif scaling == "minmax":
             offset[v], spread = there.min(), np.ptp(there)
+        elif scaling == "change":
+            changes = np.abs(column[season:] - column[:-season])
+            spread = np.nanmean(changes) if not np.isnan(changes).all() else 0.0
         else:
             spread = np.abs(there).mean()
         # the spread of equal numbers may be a rounding error
@@ -164,7 +171,7 @@ def scalers_of(series: Sequence[Series], format: Format) -> tuple[Array, Array]:
     pairs = [
         (format["offset"][known[one.name]], format["scale"][known[one.name]])
         if one.name in known
-        else _scaler(logged(one, format["log"]), format["scaling"])
+        else _scaler(logged(one, format["log"]), format["scaling"], format["season"])
         for one in series
     ]
     return np.stack([a for a, _ in pairs]), np.stack([b for _, b in pairs])

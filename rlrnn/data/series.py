@@ -65,7 +65,8 @@ class SeriesOptions:
             mean.
         log: of 1 + value is what is learned.
         scaling: of each series and variable, fitted on the training part: none,
-            standard (mean 0, deviation 1), minmax (0 to 1) or mean (absolute value 1).
+            standard (mean 0, deviation 1), minmax (0 to 1), mean (absolute value 1) or
+            change (over a season, absolute value 1: then mae is MASE).
         due: a forecast is learned after the last step of a window, or after every one.
         loss: mse, mae, quantile, normal or student.
         quantiles: of the quantile loss; the least and greatest bound the coverage.
@@ -73,7 +74,7 @@ class SeriesOptions:
             in place of the shares of data.split.
         last_horizon: the last horizon of each series is the test part, the one before
             the validation part.
-        season: values in a season: of MASE, and of the naive forecasts of OWA.
+        season: values in a season: of change, MASE, and Naive 2 in OWA.
     """
 
     form: Form = "wide"
@@ -340,7 +341,9 @@ def _fitted(
             f"the series {short.name} has {len(short)} values, of which none are left "
             "for training; leave it out, or choose another split"
         )
-    offset, scale = fit_scalers(series, ends, options.log, options.scaling)
+    offset, scale = fit_scalers(
+        series, ends, options.log, options.scaling, options.season
+    )
     past = zip(series, ends, strict=True)
     return {
         "kind": "series",

@@ -68,9 +68,8 @@ class Series:
         if isinstance(self.times, pd.DatetimeIndex):
             begin = self.times[last]
             return pd.date_range(begin, periods=count + 1, freq=self.step)[1:]
-        begin = int(self.times[last])
-        end = begin + self.step * count
-        return pd.RangeIndex(begin + self.step, end + self.step, self.step)
+        first = int(self.times[last]) + self.step
+        return pd.RangeIndex(first, first + self.step * count, self.step)
 
 
 def read_series(path: str | Path, schema: Schema) -> tuple[list[Series], Schema]:
