@@ -60,6 +60,7 @@ def signals(n: int = 1, **given: Any) -> Signals:
         "recovered": 0.0,
         "lr_scale": 1.0,
         "failed": 0.0,
+        "whole": 0.0,
     }
     assert given.keys() <= usual.keys() == set(Signals.__dataclass_fields__)
     return Signals(
