@@ -348,17 +348,23 @@ def _lstm_backward(
             start = starts[n % starts.shape[0], t, begin + b]
             before = kept[n, t - 1, begin + b] if t > 0 else state[n, 1, begin + b]
             on = _ZERO if start else _ONE
+            i, f, u, o = g, g[size:], g[2 * size :], g[3 * size :]
+            d_i, d_f, d_u, d_o = dg, dg[size:], dg[2 * size :], dg[3 * size :]
+            # short loops again
             for j in range(size):
-                i, f, u, o = g[j], g[size + j], g[2 * size + j], g[3 * size + j]
-                squashed = _tanh(c[j])
-                dh = d_hidden[j] + e[j]
-                dc = d_cell[j] + dh * o * (_ONE - squashed * squashed)
-                dg[j] = dc * u * i * (_ONE - i)
-                dg[size + j] = dc * on * before[j] * f * (_ONE - f)
-                dg[2 * size + j] = dc * i * (_ONE - u * u)
-                dg[3 * size + j] = dh * squashed * o * (_ONE - o)
-                d_cell[j] = dc * f * on
+                squashed, dh = _tanh(c[j]), d_hidden[j] + e[j]
+                d_cell[j] += dh * o[j] * (_ONE - squashed * squashed)
+                d_hidden[j] = dh * squashed
+            for j in range(size):
+                d_o[j] = d_hidden[j] * o[j] * (_ONE - o[j])
                 d_hidden[j] = _ZERO
+            for j in range(size):
+                d_i[j] = d_cell[j] * u[j] * i[j] * (_ONE - i[j])
+            for j in range(size):
+                d_u[j] = d_cell[j] * i[j] * (_ONE - u[j] * u[j])
+            for j in range(size):
+                d_f[j] = d_cell[j] * on * before[j] * f[j] * (_ONE - f[j])
+                d_cell[j] = d_cell[j] * f[j] * on
         _through(d[0], a, d_gates, w, starts, t, n, begin)
     d_state[n, :, begin:end] = d
 

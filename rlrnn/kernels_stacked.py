@@ -21,6 +21,7 @@ from numba.extending import overload
 
 from rlrnn.kernels import (
     Array,
+    _columns,
     _few,
     _gru_backward,
     _gru_forward,
@@ -28,16 +29,13 @@ from rlrnn.kernels import (
     _linear,
     _lstm_backward,
     _lstm_forward,
-    _outer,
     _pack,
     _rnn_backward,
     _rnn_forward,
 )
 
 CELLS = ("lstm", "gru", "rnn")
-# The losses that are compiled in; others are taken between two stages.
 LOSSES = ("classes", "labels", "mse", "mae")
-FORWARD, LOSS, BACKWARD = 1, 2, 4  # stages, to be added up; the last with the update
 
 # Beside what `_jit` allows, sums in any order: a reduction becomes vector code.
 _jit_sum = njit(
@@ -46,6 +44,9 @@ _jit_sum = njit(
     error_model="numpy",
     fastmath={"contract", "arcp", "nsz", "reassoc"},
 )
+
+# What is called in one place becomes part of it, instead of being compiled twice.
+_part = njit(nogil=True, inline="always")
 
 
 class Sizes(NamedTuple):
@@ -80,7 +81,7 @@ class Data(NamedTuple):
 
 class Learning(NamedTuple):
     """[M, P] or [M], but for `rows` [N]: the row of each model of the window; `active`,
-    `lr` and `clip` [N]."""
+    `lr` and `clip` [N]; and `grads`, empty if they are not to be kept."""
 
     rows: Array
     active: Array
@@ -123,13 +124,14 @@ class Work(NamedTuple):
     kept: Array  # [L, K, B, H]
     out: Array  # [I, C]; then its gradient
     d_y: Array  # [I, H]
-    d_gates: Array  # [K, B, G]
-    d_h: Array  # [K, B, G] for a gru
-    before: Array  # [I, H]
+    d_gates: Array  # [BLOCK, B, G], of a few steps
+    d_h: Array  # [BLOCK, B, G] for a gru
+    before: Array  # [BLOCK, B, H] h before each step
     d_state: Array  # [R, B, H]
-    middle: Array  # [R, B, H]
+    middle: Array  # [R, B, H] the state before a few steps
     bias: Array  # [G]
-    packed: Array  # weights in panels
+    grad: Array  # [P]
+    packed: Array  # [3, ...] room for three matrices in panels
 
 
 def work(sizes: Sizes, shapes: list[tuple[int, ...]], data: Data) -> Work:
@@ -139,7 +141,7 @@ def work(sizes: Sizes, shapes: list[tuple[int, ...]], data: Data) -> Work:
     cell, hidden, layers = CELLS[sizes.cell], sizes.hidden, sizes.layers
     gates = {"lstm": 4, "gru": 3, "rnn": 1}[cell] * hidden
     state_rows = 2 if cell == "lstm" else 1
-    positions = steps * columns
+    positions, few = steps * columns, block(columns)
     first = min(positions, sizes.symbols) if sizes.symbols else positions
     recurrent = layers, steps, columns
 
@@ -164,14 +166,23 @@ def work(sizes: Sizes, shapes: list[tuple[int, ...]], data: Data) -> Work:
         kept=empty(*recurrent, hidden),
         out=empty(positions, sizes.outputs),
         d_y=empty(positions, hidden),
-        d_gates=empty(steps, columns, gates),
-        d_h=empty(steps if cell == "gru" else 0, columns, gates),
-        before=empty(positions, hidden),
+        d_gates=empty(few, columns, gates),
+        d_h=empty(few if cell == "gru" else 0, columns, gates),
+        before=empty(few, columns, hidden),
         d_state=empty(state_rows, columns, hidden),
         middle=empty(state_rows, columns, hidden),
         bias=empty(gates),
-        packed=empty(room),
+        grad=empty(int(ends[-1])),
+        packed=empty(3, room),
     )
+
+
+@_jit
+@no_type_check
+def block(columns):
+    """Steps that go through a layer, and back, at a time: few enough that their gates
+    stay in the cache until they have been used."""
+    return max(256 // columns, 1)
 
 
 def _room(outputs: int, inputs: int, sizes: Sizes) -> int:
@@ -212,12 +223,14 @@ def _exp_overload(x):
 
 @_jit
 @no_type_check
-def _packed(work, w, transposed, panel):
-    """`w` [rows, columns] in panels, [1, P, inputs, panel]."""
+def _packed(room, w, transposed, panel):
+    """`w` [rows, columns] in panels, [1, P, inputs, panel]; may be `w` itself."""
     rows, columns = w.shape
     outputs, inputs = (rows, columns) if transposed else (columns, rows)
+    if not transposed and columns == panel:  # as it is
+        return w.reshape(1, 1, rows, columns)
     panels = (outputs + panel - 1) // panel
-    packed = work.packed[: panels * inputs * panel].reshape(1, panels, inputs, panel)
+    packed = room[: panels * inputs * panel].reshape(1, panels, inputs, panel)
     if outputs % panel:
         packed[0, panels - 1] = 0
     _pack(w.reshape(1, rows, columns), packed, transposed)
@@ -226,9 +239,34 @@ def _packed(work, w, transposed, panel):
 
 @_jit
 @no_type_check
+def _copy(source, target):
+    for j in range(len(target)):
+        target[j] = source[j]
+
+
+@_jit
+@no_type_check
+def _add(source, target):
+    for j in range(len(target)):
+        target[j] += source[j]
+
+
+@_jit
+@no_type_check
+def _shift(y, state, starts, before):
+    """`before` [K, B, H]: h before each step, `state` [B, H] before the first."""
+    for t in range(len(y)):
+        for b in range(y.shape[1]):
+            if starts[t, b]:
+                before[t, b] = 0
+            else:
+                _copy(y[t - 1, b] if t else state[b], before[t, b])
+
+
+@_jit
+@no_type_check
 def _add_up(a, out):
-    """out [G] = the sum over i of a [I, G]."""
-    out[:] = 0
+    """out [G] += the sum over i of a [I, G]."""
     for i in range(len(a)):
         row = a[i]
         for j in range(len(out)):
@@ -237,22 +275,27 @@ def _add_up(a, out):
 
 @_jit
 @no_type_check
-def _gradient(a, b, out, work, panel):
-    """out [G, D] = a.T @ b for a [I, G] and b [I, D]."""
+def _gradient(a, b, out, room, panel):
+    """out [G, D] += a.T @ b for a [I, G] and b [I, D]."""
+    rows, size = a.shape
     if b.shape[1] < 16:
-        turned = np.zeros((b.shape[1], a.shape[1]), a.dtype)
+        turned = np.zeros((b.shape[1], size), a.dtype)
         _few(b, a, turned)
-        for i in range(len(out)):
+        for i in range(size):
             for j in range(b.shape[1]):
-                out[i, j] = turned[j, i]
-    elif a.shape[1] < 16:
-        out[:] = 0
+                out[i, j] += turned[j, i]
+    elif size < 16:
         _few(a, b, out)
     else:
-        packed = _packed(work, b, False, panel)
-        rows, size = a.shape
-        at = a.reshape(1, rows, size)
-        _outer(0, 0, size, at, packed, out.reshape(1, size, b.shape[1]))
+        packed = _packed(room, b, False, panel)
+        part = np.empty((size, panel), a.dtype)
+        for p in range(packed.shape[1]):
+            at, width = p * rows * panel, min(panel, b.shape[1] - p * panel)
+            _columns(part, 0, panel, a, 0, 1, size, size, packed, at, rows)
+            for i in range(size):
+                total, row = out[i, p * panel : p * panel + width], part[i]
+                for j in range(len(total)):
+                    total[j] += row[j]
 
 
 @_jit_sum
@@ -261,10 +304,9 @@ def _square(a):
     """The sum of squares, in float64 from block to block."""
     total = 0.0
     for begin in range(0, len(a), 1024):
-        block = a[begin : begin + 1024]
-        part = block.dtype.type(0)
-        for value in block:
-            part += value * value
+        block, part = a[begin : begin + 1024], a.dtype.type(0)
+        for j in range(len(block)):
+            part += block[j] * block[j]
         total += part
     return total
 
@@ -305,16 +347,16 @@ def _exponentials(row, top):
 
 @_jit
 @no_type_check
-def _matrix(row, work, i, columns):
+def _matrix(row, offsets, i, columns):
     """Parameter i as [..., columns]."""
-    begin, end = work.offsets[i], work.offsets[i + 1]
+    begin, end = offsets[i], offsets[i + 1]
     return row[begin:end].reshape((end - begin) // columns, columns)
 
 
 @_jit
 @no_type_check
-def _vector(row, work, i):
-    return row[work.offsets[i] : work.offsets[i + 1]]
+def _vector(row, offsets, i):
+    return row[offsets[i] : offsets[i + 1]]
 
 
 @_jit
@@ -341,7 +383,29 @@ def _list_symbols(symbols, work):
     return count
 
 
-@_jit
+@_part
+@no_type_check
+def _layer_forward(cell, gates, packed, b_n, state, starts, y, kept, last):
+    """Of some steps: `gates`, `y`, ... [K, B, ...], `state` and `last` [R, B, H]."""
+    steps, columns, size = gates.shape
+    hidden = y.shape[2]
+    sequence, shape = (1, steps, columns, hidden), (1, len(state), columns, hidden)
+    g, b, s = gates.reshape(1, steps, columns, size), b_n.reshape(1, hidden), state
+    s, end, on = (
+        s.reshape(shape),
+        last.reshape(shape),
+        starts.reshape(1, steps, columns),
+    )
+    out, keep = y.reshape(sequence), kept.reshape(sequence)
+    if cell == 0:
+        _lstm_forward(0, 0, columns, g, packed, b, s, on, out, keep, end)
+    elif cell == 1:
+        _gru_forward(0, 0, columns, g, packed, b, s, on, out, keep, end)
+    else:
+        _rnn_forward(0, 0, columns, g, packed, b, s, on, out, keep, end)
+
+
+@_part
 @no_type_check
 def _forward(n, weights, sizes, data, after, work):
     """`gates`, `y`, `kept` and `out`; how many symbols there are."""
@@ -349,63 +413,66 @@ def _forward(n, weights, sizes, data, after, work):
     hidden, size, panel = sizes.hidden, work.gates.shape[3], sizes.panel
     state_rows = len(work.d_state)
     positions = steps * columns
-    encoders, count = _encoders(sizes), 0
+    encoders, count, few = _encoders(sizes), 0, block(columns)
+    starts, offsets = data.starts[n], work.offsets
     rows = work.y[0].reshape(positions, hidden)  # of its type; replaced
     if sizes.symbols:
         count = _list_symbols(data.symbols[n], work)
-        embedding = _matrix(weights, work, 0, sizes.width)
+        embedding = _matrix(weights, offsets, 0, sizes.width)
         for i in range(count):
-            work.rows[i] = embedding[work.seen[i]]
+            _copy(embedding[work.seen[i]], work.rows[i])
         rows = work.rows[:count]
     elif sizes.dense:
-        packed = _packed(work, _matrix(weights, work, 0, sizes.dense), True, panel)
-        bias = _vector(weights, work, 1)
+        packed = _packed(
+            work.packed[0], _matrix(weights, offsets, 0, sizes.dense), True, panel
+        )
+        bias = _vector(weights, offsets, 1)
         _linear(data.features[n], packed, bias, work.rows, 2)
         rows = work.rows
     else:
         rows = data.features[n]
     for layer in range(sizes.layers):
         at = encoders + 4 * layer
-        b_x, b_h = _vector(weights, work, at + 2), _vector(weights, work, at + 3)
+        b_x, b_h = _vector(weights, offsets, at + 2), _vector(weights, offsets, at + 3)
         for j in range(size):
             work.bias[j] = b_x[j] + b_h[j]
         if sizes.cell == 1:  # the candidate's own bias is behind the reset gate
             work.bias[2 * hidden :] = b_x[2 * hidden :]
-        gates = work.gates[layer]
-        flat = gates.reshape(positions, size)
-        packed = _packed(work, _matrix(weights, work, at, rows.shape[1]), True, panel)
+        w_x = _packed(
+            work.packed[0], _matrix(weights, offsets, at, rows.shape[1]), True, panel
+        )
         if sizes.symbols and layer == 0:
-            _linear(rows, packed, work.bias, work.table[:count], 0)
-            for i in range(positions):
-                flat[i] = work.table[work.slots[i]]
-        else:
-            _linear(rows, packed, work.bias, flat, 0)
-        packed = _packed(work, _matrix(weights, work, at + 1, hidden), True, panel)
+            _linear(rows, w_x, work.bias, work.table[:count], 0)
+        w_h = _packed(
+            work.packed[1], _matrix(weights, offsets, at + 1, hidden), True, panel
+        )
         begin, end = state_rows * layer, state_rows * (layer + 1)
+        state, last = data.state[n, begin:end], after[n, begin:end]
         kept = work.y[layer] if sizes.cell == 2 else work.kept[layer]
-        sequence = 1, steps, columns, hidden
-        state = 1, state_rows, columns, hidden
-        a, b = gates.reshape(1, steps, columns, size), b_h[size - hidden :]
-        b_n, before = b.reshape(1, hidden), data.state[n, begin:end].reshape(state)
-        starts = data.starts[n : n + 1]
-        y, kept_4 = work.y[layer].reshape(sequence), kept.reshape(sequence)
-        last = after[n, begin:end].reshape(state)
-        if sizes.cell == 0:
-            _lstm_forward(
-                0, 0, columns, a, packed, b_n, before, starts, y, kept_4, last
-            )
-        elif sizes.cell == 1:
-            _gru_forward(0, 0, columns, a, packed, b_n, before, starts, y, kept_4, last)
-        else:
-            _rnn_forward(0, 0, columns, a, packed, b_n, before, starts, y, kept_4, last)
+        b_n = b_h[size - hidden :]
+        for t in range(0, steps, few):
+            stop = min(t + few, steps)
+            gates = work.gates[layer, t:stop]
+            flat = gates.reshape((stop - t) * columns, size)
+            if sizes.symbols and layer == 0:
+                for i in range(len(flat)):
+                    _copy(work.table[work.slots[t * columns + i]], flat[i])
+            else:
+                some = rows[t * columns : stop * columns]
+                _linear(some, w_x, work.bias, flat, 0)
+            _layer_forward(
+                sizes.cell, gates, w_h, b_n, state, starts[t:stop],
+                work.y[layer, t:stop], kept[t:stop], last,
+            )  # fmt: skip
+            state = last
         rows = work.y[layer].reshape(positions, hidden)
     at = encoders + 4 * sizes.layers
-    packed = _packed(work, _matrix(weights, work, at, hidden), True, panel)
-    _linear(rows, packed, _vector(weights, work, at + 1), work.out, 0)
+    packed = _packed(work.packed[0], _matrix(weights, offsets, at, hidden), True, panel)
+    _linear(rows, packed, _vector(weights, offsets, at + 1), work.out, 0)
     return count
 
 
-@_jit
+@_part
 @no_type_check
 def _loss(n, sizes, data, work):
     """The loss; `out` becomes its gradient."""
@@ -452,13 +519,14 @@ def _loss(n, sizes, data, work):
     return total / data.scale[n]
 
 
-@_jit
+@_part
 @no_type_check
 def _layer_back(
     cell, gates, packed, b_n, state, starts, y, kept, d_y, d_state, d_gates, d_h
 ):
     """Of some steps: `gates`, `y`, ... [K, B, ...], `state` [R, B, H]."""
     steps, columns, size = gates.shape
+    b = b_n.reshape(1, y.shape[2])
     sequence, flow = (1, steps, columns, y.shape[2]), (1, steps, columns, size)
     a, da, dh = gates.reshape(flow), d_gates.reshape(flow), d_h.reshape(flow)
     out, keep, e = y.reshape(sequence), kept.reshape(sequence), d_y.reshape(sequence)
@@ -466,14 +534,14 @@ def _layer_back(
     s, ds = state.reshape(shape), d_state.reshape(shape)
     on, w = starts.reshape(1, steps, columns), packed
     if cell == 0:
-        _lstm_backward(0, 0, columns, a, w, b_n, s, on, out, keep, e, ds, da, dh)
+        _lstm_backward(0, 0, columns, a, w, b, s, on, out, keep, e, ds, da, dh)
     elif cell == 1:
-        _gru_backward(0, 0, columns, a, w, b_n, s, on, out, keep, e, ds, da, dh)
+        _gru_backward(0, 0, columns, a, w, b, s, on, out, keep, e, ds, da, dh)
     else:
-        _rnn_backward(0, 0, columns, a, w, b_n, s, on, out, keep, e, ds, da, dh)
+        _rnn_backward(0, 0, columns, a, w, b, s, on, out, keep, e, ds, da, dh)
 
 
-@_jit
+@_part
 @no_type_check
 def _backward(n, weights, grad, count, sizes, data, work):
     """Fills `grad` [P] from the gradient in `out`; the norms of the gradients of the
@@ -481,90 +549,104 @@ def _backward(n, weights, grad, count, sizes, data, work):
     _, steps, columns = data.starts.shape
     hidden, size, panel = sizes.hidden, work.gates.shape[3], sizes.panel
     state_rows, positions = len(work.d_state), steps * columns
-    encoders, cut, starts = _encoders(sizes), sizes.cut, data.starts[n]
-    far = near = 0.0
+    encoders, cut, few = _encoders(sizes), sizes.cut, block(columns)
+    far, near, starts = 0.0, 0.0, data.starts[n]
+    offsets, room = work.offsets, work.packed[2]
+    grad[:] = 0
     at = encoders + 4 * sizes.layers
-    head = _matrix(weights, work, at, hidden)
+    head = _matrix(weights, offsets, at, hidden)
     above = work.y[sizes.layers - 1].reshape(positions, hidden)
-    _gradient(work.out, above, _matrix(grad, work, at, hidden), work, panel)
-    _add_up(work.out, _vector(grad, work, at + 1))
-    _linear(work.out, _packed(work, head, False, panel), work.bias, work.d_y, -1)
+    _gradient(work.out, above, _matrix(grad, offsets, at, hidden), room, panel)
+    _add_up(work.out, _vector(grad, offsets, at + 1))
+    _linear(
+        work.out, _packed(work.packed[0], head, False, panel), work.bias, work.d_y, -1
+    )
     for layer in range(sizes.layers - 1, -1, -1):
         at = encoders + 4 * layer
         begin, end = state_rows * layer, state_rows * (layer + 1)
-        state = data.state[n, begin:end]
-        gates, y = work.gates[layer], work.y[layer]
+        b_h = _vector(weights, offsets, at + 3)
+        b_n = b_h[size - hidden :]
+        y, rows, embedded = work.y[layer], work.rows, sizes.symbols > 0 and layer == 0
         kept = y if sizes.cell == 2 else work.kept[layer]
-        d_gates = work.d_gates
-        d_h = work.d_h if sizes.cell == 1 else d_gates
-        d_y, d_state = work.d_y.reshape(steps, columns, hidden), work.d_state
-        b_h = _vector(weights, work, at + 3)
-        b_n = b_h[size - hidden :].reshape(1, hidden)
-        packed = _packed(work, _matrix(weights, work, at + 1, hidden), False, panel)
-        d_state[:] = 0
-        if cut:
-            work.middle[0] = y[cut - 1]
-            if sizes.cell == 0:
-                work.middle[1] = kept[cut - 1]
-            _layer_back(
-                sizes.cell, gates[cut:], packed, b_n, work.middle, starts[cut:],
-                y[cut:], kept[cut:], d_y[cut:], d_state, d_gates[cut:], d_h[cut:],
-            )  # fmt: skip
-            near += _square(d_state.reshape(d_state.size))
-        stop = cut if cut else steps
-        _layer_back(
-            sizes.cell, gates[:stop], packed, b_n, state, starts[:stop],
-            y[:stop], kept[:stop], d_y[:stop], d_state, d_gates[:stop], d_h[:stop],
-        )  # fmt: skip
-        far += _square(d_state.reshape(d_state.size))
-        for t in range(steps):
-            for b in range(columns):
-                row = work.before[t * columns + b]
-                if starts[t, b]:
-                    row[:] = 0
-                else:
-                    row[:] = y[t - 1, b] if t else state[0, b]
-        flat, flat_h = d_gates.reshape(positions, size), d_h.reshape(-1, size)
-        _gradient(flat_h, work.before, _matrix(grad, work, at + 1, hidden), work, panel)
-        d_table, rows, d_rows = flat, work.rows, work.d_y
         if layer:
             rows = work.y[layer - 1].reshape(positions, hidden)
-        elif sizes.symbols:
-            d_table, rows = work.table[:count], work.rows[:count]
-            d_rows = work.d_rows[:count]
-            d_table[:] = 0
-            for i in range(positions):
-                row, total = flat[i], d_table[work.slots[i]]
-                for j in range(size):
-                    total[j] += row[j]
-        elif sizes.dense:
-            d_rows = work.d_rows
-        else:
+        elif not encoders:
             rows = data.features[n]
-        w_x = _matrix(weights, work, at, rows.shape[1])
-        _gradient(d_table, rows, _matrix(grad, work, at, rows.shape[1]), work, panel)
-        d_b = _vector(grad, work, at + 2)
-        _add_up(d_table, d_b)
-        if sizes.cell == 1:
-            _add_up(flat_h, _vector(grad, work, at + 3))
-        else:
-            _vector(grad, work, at + 3)[:] = d_b
-        if layer or encoders:
-            w_packed = _packed(work, w_x, False, panel)
-            _linear(d_table, w_packed, work.bias, d_rows, -1)
+        width = rows.shape[1]
+        d_w_x, d_w_h = (
+            _matrix(grad, offsets, at, width),
+            _matrix(grad, offsets, at + 1, hidden),
+        )
+        d_b_x, d_b_h = _vector(grad, offsets, at + 2), _vector(grad, offsets, at + 3)
+        w_x = _packed(
+            work.packed[0], _matrix(weights, offsets, at, width), False, panel
+        )
+        w_h = _packed(
+            work.packed[1], _matrix(weights, offsets, at + 1, hidden), False, panel
+        )
+        work.d_state[:] = 0
+        if embedded:
+            work.table[:] = 0
+        stop = steps
+        while stop > 0:
+            t = max(stop - few, 0)
+            if t < cut < stop:
+                t = cut
+            state, number = data.state[n, begin:end], (stop - t) * columns
+            if t:
+                state = work.middle
+                state[0] = y[t - 1]
+                if sizes.cell == 0:
+                    state[1] = kept[t - 1]
+            d_gates = work.d_gates[: stop - t]
+            d_h = work.d_h[: stop - t] if sizes.cell == 1 else d_gates
+            d_y = work.d_y[t * columns : stop * columns]
+            _layer_back(
+                sizes.cell, work.gates[layer, t:stop], w_h, b_n, state,
+                starts[t:stop], y[t:stop], kept[t:stop],
+                d_y.reshape(stop - t, columns, hidden), work.d_state, d_gates, d_h,
+            )  # fmt: skip
+            before = work.before[: stop - t]
+            _shift(y[t:stop], state[0], starts[t:stop], before)
+            flat, flat_h = d_gates.reshape(number, size), d_h.reshape(number, size)
+            _gradient(flat_h, before.reshape(number, hidden), d_w_h, room, panel)
+            if sizes.cell == 1:
+                _add_up(flat_h, d_b_h)
+            if embedded:
+                for i in range(number):
+                    _add(flat[i], work.table[work.slots[t * columns + i]])
+            else:
+                _add_up(flat, d_b_x)
+                some = rows[t * columns : stop * columns]
+                _gradient(flat, some, d_w_x, room, panel)
+                if layer:
+                    _linear(flat, w_x, work.bias, d_y, -1)
+                elif sizes.dense:
+                    d_some = work.d_rows[t * columns : stop * columns]
+                    _linear(flat, w_x, work.bias, d_some, -1)
+            if t == cut:
+                near += _square(work.d_state.reshape(work.d_state.size))
+            stop = t
+        far += _square(work.d_state.reshape(work.d_state.size))
+        if embedded:
+            d_table = work.table[:count]
+            _add_up(d_table, d_b_x)
+            _gradient(d_table, rows[:count], d_w_x, room, panel)
+            _linear(d_table, w_x, work.bias, work.d_rows[:count], -1)
+        if sizes.cell != 1:
+            _copy(d_b_x, d_b_h)
     if sizes.symbols:
-        d_embedding = _matrix(grad, work, 0, sizes.width)
-        d_embedding[:] = 0
+        d_embedding = _matrix(grad, offsets, 0, sizes.width)
         for i in range(count):
-            d_embedding[work.seen[i]] = work.d_rows[i]
+            _copy(work.d_rows[i], d_embedding[work.seen[i]])
     elif sizes.dense:
         for i in range(positions):
             for j in range(sizes.width):
                 if not work.rows[i, j] > 0:
                     work.d_rows[i, j] = 0
-        d_dense = _matrix(grad, work, 0, sizes.dense)
-        _gradient(work.d_rows, data.features[n], d_dense, work, panel)
-        _add_up(work.d_rows, _vector(grad, work, 1))
+        d_dense = _matrix(grad, offsets, 0, sizes.dense)
+        _gradient(work.d_rows, data.features[n], d_dense, room, panel)
+        _add_up(work.d_rows, _vector(grad, offsets, 1))
     return np.sqrt(far), np.sqrt(near)
 
 
@@ -574,8 +656,7 @@ def _step(w, g, m, v, rates):
     """Sgd and momentum; see `rlrnn.stacked.Rules`."""
     clip, keeps, takes, coupled, shrink, rate, _, _, _, _ = rates
     for j in range(len(w)):
-        g[j] *= clip
-        total = g[j] + coupled * w[j]
+        total = g[j] * clip + coupled * w[j]
         moment = keeps * m[j] + takes * total
         m[j] = moment
         w[j] = shrink * w[j] - rate * moment
@@ -587,17 +668,16 @@ def _adaptive_step(w, g, m, v, rates):
     """Adam and AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
     clip, keeps, takes, coupled, shrink, rate, keeps_2, takes_2, root, epsilon = rates
     for j in range(len(w)):
-        clipped = g[j] * clip
-        total = clipped + coupled * w[j]
+        total = g[j] * clip + coupled * w[j]
         moment = keeps * m[j] + takes * total
         square = keeps_2 * v[j] + takes_2 * total * total
-        g[j], m[j], v[j] = clipped, moment, square
+        m[j], v[j] = moment, square
         w[j] = shrink * w[j] - rate * moment / (np.sqrt(square) * root + epsilon)
 
 
-@_jit
+@_part
 @no_type_check
-def _update(n, row, norm, learning):
+def _update(n, row, g, norm, learning):
     number = learning.weights.dtype.type
     lr, adaptive = learning.lr[n], learning.adaptive[row]
     clip = learning.clip[n] / (norm + 1e-6)
@@ -616,8 +696,7 @@ def _update(n, row, norm, learning):
         number(1 / np.sqrt(1 - 0.999**count)),
         number(1e-8),
     )
-    w, g = learning.weights[row], learning.grads[row]
-    m, v = learning.first[row], learning.second[row]
+    w, m, v = learning.weights[row], learning.first[row], learning.second[row]
     if adaptive:
         _adaptive_step(w, g, m, v, rates)
     else:
@@ -626,21 +705,19 @@ def _update(n, row, norm, learning):
 
 @_jit
 @no_type_check
-def run(begin, end, stages, count, sizes, data, learning, results, work):
-    """The `stages` for models begin..end of the window; how many symbols the last one
-    saw, which the way back wants to know as `count` if it is a call of its own."""
+def run(begin, end, learn, sizes, data, learning, results, work):
+    """Losses and states of models begin..end of the window; then, if `learn`, those
+    that are active learn."""
     for n in range(begin, end):
         row = learning.rows[n]
         weights = learning.weights[row]
-        if stages & 1:
-            count = _forward(n, weights, sizes, data, results.after, work)
-        if stages & 2:
-            results.loss[n] = _loss(n, sizes, data, work)
-        if stages & 4 and learning.active[n]:
-            grad = learning.grads[row]
-            far, near = _backward(n, weights, grad, count, sizes, data, work)
+        count = _forward(n, weights, sizes, data, results.after, work)
+        results.loss[n] = _loss(n, sizes, data, work)
+        if learn and learning.active[n]:
+            far, near = _backward(n, weights, work.grad, count, sizes, data, work)
             results.far[n], results.near[n] = far, near
-            norm = np.sqrt(_square(grad))
+            norm = np.sqrt(_square(work.grad))
             results.norm[n] = norm
-            _update(n, row, norm, learning)
-    return count
+            if len(learning.grads):
+                _copy(work.grad, learning.grads[row])
+            _update(n, row, work.grad, norm, learning)

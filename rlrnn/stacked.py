@@ -142,9 +142,8 @@ class Stack:
     """M models of one form, each with an optimiser (sgd, momentum, adam or adamw).
 
     The models are copied; `write` copies back. `weights`, `grads`, `first` and `second`
-    are [M, P]: the weights, their last gradients (clipped, without weight decay), and
-    the optimisers' moments; `updates` [M] counts updates. To go back to an earlier
-    point, write into them.
+    are [M, P]: the weights, the gradients that were kept, and the optimisers' moments;
+    `updates` [M] counts updates. To go back to an earlier point, write into them.
 
     Raises ValueError if the models do not have one form.
     """
@@ -185,7 +184,7 @@ class Stack:
         """The parameters [*N, ...] of a model, as views of `rows`."""
         shapes = self.form.shapes
         parts = torch.split(rows, [math.prod(shape) for shape in shapes], -1)
-        return [p.unflatten(-1, s) for p, s in zip(parts, shapes, strict=True)]
+        return [p.view(*p.shape[:-1], *s) for p, s in zip(parts, shapes, strict=True)]
 
     def initial_state(self, columns: int) -> Float[Tensor, "M S B H"]:
         """Zeros."""
@@ -203,15 +202,16 @@ class Stack:
         chosen: Int[Tensor, "N"] | None = None,
         active: Bool[Tensor, "N"] | None = None,
         watch: bool = False,
+        keep: bool = False,
     ) -> Done:
         """One update each of the `chosen` models (None: all), to which the rows of
         everything else belong; where `active` does not hold, only the state goes on.
 
-        loss = objective.total(out, y, mask) / scale
+        loss = objective.total(out, y, mask) / scale. `watch`: see `Done`; the window
+        has at least two steps. `keep`: the gradients, before the clip, in `grads`.
         """
-        if compiles(self.weights):
-            return self._run(windows, state, lr, clip, chosen, active, watch)
-        return self.reference(windows, state, lr, clip, chosen, active, watch)
+        way = self._run if self._compiles() else self.reference
+        return way(windows, state, lr, clip, chosen, active, watch, keep)
 
     def reference(
         self,
@@ -222,6 +222,7 @@ class Stack:
         chosen: Int[Tensor, "N"] | None = None,
         active: Bool[Tensor, "N"] | None = None,
         watch: bool = False,
+        keep: bool = False,
     ) -> Done:
         """`window` by torch's autograd."""
         weights = self._of(self.weights, chosen).detach().requires_grad_()
@@ -241,7 +242,9 @@ class Stack:
         norm = torch.linalg.vector_norm(grad, dim=1)
         nothing = torch.full_like(norm, math.nan)
         far, near = [_norms(d) for d in seen] or [nothing, nothing]
-        grad *= (clip.to(grad) / (norm + 1e-6)).clamp(max=1.0)[:, None]
+        if keep:
+            self._put(self.grads, grad, chosen, active)
+        grad = grad * (clip.to(grad) / (norm + 1e-6)).clamp(max=1.0)[:, None]
         self._update(grad, lr, chosen, active)
         norms = [norm, far, near]
         if active is not None:
@@ -256,7 +259,7 @@ class Stack:
         chosen: Int[Tensor, "N"] | None = None,
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N S B H"]]:
         """The loss as in `window`, and the state after; nothing else changes."""
-        if compiles(self.weights):
+        if self._compiles():
             done = self._run(windows, state, chosen=chosen)
             return done.loss, done.state
         return self.reference_evaluate(windows, state, chosen)
@@ -307,12 +310,14 @@ class Stack:
         chosen: Tensor | None = None,
         active: Tensor | None = None,
         watch: bool = False,
+        keep: bool = False,
     ) -> Done:
         """`window`, and without rates `evaluate`, by `rlrnn.kernels_stacked`; as many
         models at once as there are threads."""
         form, like = self.form, self.weights
         count, steps, columns = windows.x.shape[:3]
         loss = _compiled_loss(self.objective)
+        assert loss is not None
         positions = steps * columns
         inputs = windows.x.reshape(count, positions, -1)
         targets = windows.y.reshape(count, positions, -1)
@@ -343,7 +348,7 @@ class Stack:
             lr=_array(ones if lr is None else lr.double()),
             clip=_array(ones if clip is None else clip.double()),
             weights=self.weights.numpy(),
-            grads=self.grads.numpy(),
+            grads=self.grads.numpy() if keep else self.grads[:0].numpy(),
             first=self.first.numpy(),
             second=self.second.numpy(),
             updates=self.updates.numpy(),
@@ -351,7 +356,7 @@ class Stack:
         )
         figures = torch.full((4, count), math.nan, dtype=torch.float64)
         after = torch.empty_like(state, memory_format=torch.contiguous_format)
-        results = kernels_stacked.Results(*figures.numpy(), after.numpy())
+        results = kernels_stacked.Results._make([*figures.numpy(), after.numpy()])
         sizes = kernels_stacked.Sizes(
             kernels_stacked.CELLS.index(form.cell),
             form.layers,
@@ -368,9 +373,6 @@ class Stack:
         works = self._works.setdefault((steps, columns), [])
         while len(works) < threads:
             works.append(kernels_stacked.work(sizes, form.shapes, data))
-        stages = kernels_stacked.FORWARD | kernels_stacked.LOSS
-        if lr is not None:
-            stages |= kernels_stacked.BACKWARD
         size = max(1, count // (4 * threads))
         turns = iter(range(0, count, size))
 
@@ -378,7 +380,14 @@ class Stack:
             for begin in turns:  # whoever is free takes the next ones
                 end = min(begin + size, count)
                 kernels_stacked.run(
-                    begin, end, stages, 0, sizes, data, learning, results, works[thread]
+                    begin,
+                    end,
+                    lr is not None,
+                    sizes,
+                    data,
+                    learning,
+                    results,
+                    works[thread],
                 )
 
         compiled.in_parallel(job, threads, threads)
@@ -386,6 +395,10 @@ class Stack:
             figures[2:] = math.nan
         losses, *norms = figures.to(like)
         return Done(losses, norms[0], after, *norms[1:])
+
+    def _compiles(self) -> bool:
+        """Whether `rlrnn.kernels_stacked` work here."""
+        return compiles(self.weights) and _compiled_loss(self.objective) is not None
 
     def _of(self, rows: Tensor, chosen: Tensor | None) -> Tensor:
         return rows if chosen is None else rows[chosen]
@@ -399,8 +412,8 @@ class Stack:
         active: Tensor | None,
     ) -> None:
         """One step of the optimisers, see `Rules`."""
-        old = [self.weights, self.grads, self.first, self.second, self.updates]
-        weights, _, first, second, updates = (self._of(m, chosen) for m in old)
+        old = [self.weights, self.first, self.second, self.updates]
+        weights, first, second, updates = (self._of(m, chosen) for m in old)
         rules = Rules(*(self._of(rule, chosen) for rule in self.rules))
 
         def column(values: Tensor) -> Tensor:
@@ -415,14 +428,20 @@ class Stack:
         root = torch.where(rules.adaptive[:, None], root, 1.0)
         step = torch.where(rules.adaptive, rate / (1 - rules.keeps**updates), rate)
         w = column(1 - rate * rules.decoupled) * weights - column(step) * m / root
-        for rows, new in zip(old, (w, grad, m, v, updates), strict=True):
-            if active is not None:
-                on = active.view(-1, *(1,) * (new.dim() - 1))
-                new = torch.where(on, new, self._of(rows, chosen))
-            if chosen is None:
-                rows.copy_(new)
-            else:
-                rows[chosen] = new
+        for rows, new in zip(old, (w, m, v, updates), strict=True):
+            self._put(rows, new, chosen, active)
+
+    def _put(
+        self, rows: Tensor, new: Tensor, chosen: Tensor | None, active: Tensor | None
+    ) -> None:
+        """Writes those that are active into the rows of those chosen."""
+        if active is not None:
+            on = active.view(-1, *(1,) * (new.dim() - 1))
+            new = torch.where(on, new, self._of(rows, chosen))
+        if chosen is None:
+            rows.copy_(new)
+        else:
+            rows[chosen] = new
 
 
 class Rules(NamedTuple):
@@ -500,13 +519,13 @@ def _layer(
     return torch.stack(outputs, 1), torch.stack(last, 1)
 
 
-def _compiled_loss(objective: Objective) -> int:
-    """Its place in `kernels_stacked.LOSSES`; -1 for another."""
+def _compiled_loss(objective: Objective) -> int | None:
+    """Its place in `kernels_stacked.LOSSES`; None for another."""
     name = type(objective).__name__.lower()
     if isinstance(objective, Numbers):
         name = objective.loss
     names = kernels_stacked.LOSSES
-    return names.index(name) if name in names else -1
+    return names.index(name) if name in names else None
 
 
 def _array(tensor: Tensor) -> Any:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rlrnn import kernels_stacked
 from rlrnn.data.chunks import Features, Symbols
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes, Labels, Numbers, Objective
@@ -124,6 +126,11 @@ class Alone:
         return loss.detach(), norm, states[2].detach(), *seen
 
 
+def content(stack: Stack) -> list[Tensor]:
+    own = stack.weights, stack.grads, stack.first, stack.second, stack.updates
+    return [rows.clone() for rows in own]
+
+
 def same(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
@@ -150,7 +157,7 @@ def test_each_becomes_what_it_would_alone(case: Case) -> None:
             windows = windows._replace(mask=None)
         lr = LR * (1 + step)
         watch = step % 2 == 0
-        done = stack.window(windows, state, lr, CLIP, watch=watch)
+        done = stack.window(windows, state, lr, CLIP, watch=watch, keep=watch)
         state = done.state
         for i in range(M):
             loss, norm, states[i], far, near = alone[i].window(
@@ -166,6 +173,72 @@ def test_each_becomes_what_it_would_alone(case: Case) -> None:
                 assert done.far[i].isnan() and done.near[i].isnan()
             weights = torch.cat([p.detach().flatten() for p in models[i].parameters()])
             same(stack.weights[i], weights)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiled_equals_reference_over_many_steps(cell: Cell) -> None:
+    """More columns and steps than go through the kernels at a time; sizes that fill no
+    vector register, or several."""
+    config = ModelConfig(cell, 70, 2, 33)
+    wide = Case(Symbols(V), Classes(V), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        models = [SequenceModel(wide.inputs, V, config).double() for _ in range(2)]
+    ours, theirs = (stack_of(wide, models) for _ in range(2))
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(V, (2, 2, 9, 100), generator=g)
+    starts = torch.rand(2, 9, 100, generator=g) < 0.1
+    scale = torch.full((2,), 900.0)
+    windows, state = Windows(x, y, starts, None, scale), ours.initial_state(100)
+    for _ in range(2):
+        given = windows, state, LR[:2], CLIP[:2], None, None, True, True
+        done, expected = ours.window(*given), theirs.reference(*given)
+        state = expected.state
+        for mine, reference in zip(done, expected, strict=True):
+            same(mine, reference)
+    for mine, reference in zip(content(ours), content(theirs), strict=True):
+        same(mine, reference)
+
+
+def test_an_objective_that_is_not_compiled() -> None:
+    """Goes the plain way."""
+    case = Case(Features(2), Numbers(2, "normal"), ModelConfig("gru", H))
+    models = make(case)
+    stack, one = stack_of(case, models), Alone(case, models[3], 3)
+    windows, state = draw(case), stack.initial_state(B)
+    windows = windows._replace(y=windows.y[..., :2])
+    for _ in range(2):
+        done = stack.window(windows, state, LR, CLIP)
+        loss, norm, after, *_ = one.window(windows, 3, state[3], 0.05, 100.0, True)
+        same(done.loss[3], loss)
+        same(done.norm[3], norm)
+        same(done.state[3], after)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae"])
+def test_missing_numbers(loss: Any) -> None:
+    case = Case(Features(2), Numbers(3, loss), ModelConfig("gru", H))
+    ours, theirs = (stack_of(case, make(case)) for _ in range(2))
+    windows, state = draw(case), ours.initial_state(B)
+    windows.y[torch.rand(windows.y.shape, generator=torch.Generator()) < 0.4] = (
+        torch.nan
+    )
+    for _ in range(2):
+        done = ours.window(windows, state, LR, CLIP)
+        expected = theirs.reference(windows, state, LR, CLIP)
+        same(done.loss, expected.loss)
+        same(ours.weights, theirs.weights)
+
+
+def test_the_exponential_of_float32() -> None:
+    x = torch.linspace(-100, 0, 10_001)
+    ours, total = x.clone(), kernels_stacked._exponentials
+    whole = total(ours.numpy(), np.float32(0))
+    torch.testing.assert_close(ours, x.exp(), rtol=4e-7, atol=1e-37)
+    assert whole == pytest.approx(float(x.double().exp().sum()), rel=1e-6)
+    some = torch.tensor([0.0, torch.nan, -torch.inf])
+    total(some.numpy(), np.float32(0))
+    assert some[0] == 1 and some[1].isnan() and some[2] < 1e-37
 
 
 def test_optimisers_are_those_of_torch() -> None:
@@ -191,11 +264,6 @@ def test_optimisers_are_those_of_torch() -> None:
             )
 
 
-def content(stack: Stack) -> list[Tensor]:
-    own = stack.weights, stack.grads, stack.first, stack.second, stack.updates
-    return [rows.clone() for rows in own]
-
-
 @cases
 def test_some_of_them(case: Case) -> None:
     """Those chosen are treated as in the company of all; others stay as they are."""
@@ -208,9 +276,9 @@ def test_some_of_them(case: Case) -> None:
     few = Windows._make(None if part is None else part[chosen] for part in windows)
     for _ in range(2):
         before = content(some)
-        full = all_of_them.window(windows, state, LR, CLIP, watch=True)
+        full = all_of_them.window(windows, state, LR, CLIP, watch=True, keep=True)
         done = some.window(
-            few, state[chosen], LR[chosen], CLIP[chosen], chosen, watch=True
+            few, state[chosen], LR[chosen], CLIP[chosen], chosen, watch=True, keep=True
         )
         for ours, theirs in zip(done, full, strict=True):
             same(ours, theirs[chosen])
@@ -226,8 +294,8 @@ def test_without_an_update_only_the_state_goes_on(case: Case) -> None:
     windows, state = draw(case), learning.initial_state(B)
     before = content(resting)
     active = torch.tensor([True, False, True, False])
-    full = learning.window(windows, state, LR, CLIP)
-    done = resting.window(windows, state, LR, CLIP, active=active)
+    full = learning.window(windows, state, LR, CLIP, keep=True)
+    done = resting.window(windows, state, LR, CLIP, active=active, keep=True)
     same(done.loss, full.loss)
     same(done.state, full.state)
     rows = zip(content(resting), before, content(learning), strict=True)
