@@ -232,10 +232,10 @@ class Numbers:
         numbers = max(1.0, float(sums["numbers"]))
         mse = float(sums["square"]) / numbers
         figures = {
-            "mse": mse,
+            self.unit: float(sums["loss"]) / due,
+            "mse": mse,  # per number, where the loss is per step
             "rmse": math.sqrt(mse),
             "mae": float(sums["absolute"]) / numbers,
-            self.unit: float(sums["loss"]) / due,
         }
         if "inside" in sums:
             figures["coverage"] = float(sums["inside"]) / numbers
