@@ -359,6 +359,20 @@ def test_a_test_file_goes_on_where_training_ends(tmp_path: Path) -> None:
         series_problem(paths, SPLIT, 4, 0, options)
 
 
+def test_a_validation_file_alone_is_tested_on_too(tmp_path: Path) -> None:
+    frame = pd.read_csv(table(tmp_path / "t.csv"))
+    frame[:250].to_csv(tmp_path / "a.csv", index=False)
+    frame[250:].to_csv(tmp_path / "b.csv", index=False)
+    paths = Paths(str(tmp_path / "a.csv"), str(tmp_path / "b.csv"))
+    problem = series_problem(paths, SPLIT, 4, 0, SMALL)
+    valid, test = windows(problem.valid), windows(problem.test)
+    assert len(valid) == 50 - 4 + 1
+    assert torch.equal(valid.begins, test.begins)
+    frame[251:].to_csv(tmp_path / "b.csv", index=False)
+    with pytest.raises(DataError, match="begins at .*, expected 2020-01-11 10:00:00"):
+        series_problem(paths, SPLIT, 4, 0, SMALL)
+
+
 @needs_data
 def test_the_standard_split_of_etth1() -> None:
     options = SeriesOptions(lookback=96, horizon=96, rows=[8640, 2880, 2880])

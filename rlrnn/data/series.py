@@ -261,11 +261,8 @@ def _read_parts(
             more, _ = read_series(path, schema)
             series = _joined(series, more, str(path))
             ends = [[*end, len(one)] for end, one in zip(ends, series, strict=True)]
-    if paths.valid is not None and paths.test is None:
-        raise DataError(
-            f"{paths.valid} is given for validation, but no file for test; give both, "
-            "or a test file alone"
-        )
+    if paths.valid is not None and paths.test is None:  # tested on the validation part
+        ends = [[*end, end[-1]] for end in ends]
     least = options.lookback + options.horizon
     for one in series:
         if len(one) < least:
