@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 
 # Recompiled for another H, not for another T; for another B if its tiles are others.
-_jit = triton.jit(do_not_specialize=["steps", "columns"])
+_jit = triton.jit(do_not_specialize=["steps", "columns", "apart"])
 
 
 # ------------------------------------------------------------------------------- parts
@@ -170,7 +170,7 @@ def _gru_back(g, dg, da, dh, behind, before, ok, H: tl.constexpr):
 @_jit
 @no_type_check
 def _forward_held(
-    gates, w, b_n, state, starts, y, kept, last, steps, columns,
+    gates, w, b_n, state, starts, y, kept, last, steps, columns, apart,
     H: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -183,7 +183,7 @@ def _forward_held(
     units = unit < H
     ok = rows[:, None] & units[None, :]
     at = row[:, None] * H + unit[None, :]
-    starts += first
+    starts += n * apart + first
     y += (n * steps * columns + first) * H
     kept += (n * steps * columns + first) * H
     gates += (n * steps * columns + first) * G
@@ -232,7 +232,7 @@ def _forward_held(
 @_jit
 @no_type_check
 def _forward_tiled(
-    gates, w, b_n, state, starts, y, kept, last, steps, columns,
+    gates, w, b_n, state, starts, y, kept, last, steps, columns, apart,
     H: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -241,7 +241,7 @@ def _forward_tiled(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     row = tl.arange(0, BLOCK)
     rows = first + row < columns
-    starts += first
+    starts += n * apart + first
     y += (n * steps * columns + first) * H
     kept += (n * steps * columns + first) * H
     gates += (n * steps * columns + first) * G
@@ -294,6 +294,7 @@ def _forward_tiled(
 @no_type_check
 def _backward_held(
     gates, w, state, starts, y, kept, d_y, d_state, d_gates, d_h, steps, columns,
+    apart,
     H: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -307,7 +308,7 @@ def _backward_held(
     ok = rows[:, None] & units[None, :]
     at = row[:, None] * H + unit[None, :]
     end = n * steps * columns + (steps - 1) * columns.to(tl.int64) + first
-    starts += (steps - 1) * columns.to(tl.int64) + first
+    starts += n * apart + (steps - 1) * columns.to(tl.int64) + first
     y += end * H
     kept += end * H
     d_y += end * H
@@ -379,6 +380,7 @@ def _backward_held(
 @no_type_check
 def _backward_tiled(
     gates, w, state, starts, y, kept, d_y, d_state, d_gates, d_h, steps, columns,
+    apart,
     H: tl.constexpr, CELL: tl.constexpr, G: tl.constexpr, R: tl.constexpr,
     BLOCK: tl.constexpr, UNITS: tl.constexpr, TILE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -389,7 +391,7 @@ def _backward_tiled(
     row = tl.arange(0, BLOCK)
     rows = first + row < columns
     end = n * steps * columns + (steps - 1) * columns.to(tl.int64) + first
-    starts += (steps - 1) * columns.to(tl.int64) + first
+    starts += n * apart + (steps - 1) * columns.to(tl.int64) + first
     y += end * H
     kept += end * H
     d_y += end * H
@@ -510,11 +512,11 @@ def _resources(device: torch.device) -> tuple[int, int]:
 def forward(cell: str, *arrays: Tensor) -> None:
     """In place: gates, w_h, b_n, state, starts, y, kept, last of `kernels.forward`.
 
-    w_h [N, G, H] comes as it is, starts as [T, B].
+    w_h [N, G, H] comes as it is, starts as [T, B] for all networks, or [N, T, B].
     """
     gates, w_h, b_n, state, starts, y, kept, last = arrays
     arrays = gates, w_h, b_n, state, starts.view(torch.uint8), y, kept, last
-    _launch(_forward_held, _forward_tiled, cell, y, arrays)
+    _launch(_forward_held, _forward_tiled, cell, y, starts, arrays)
 
 
 def backward(cell: str, *arrays: Tensor) -> None:
@@ -522,23 +524,71 @@ def backward(cell: str, *arrays: Tensor) -> None:
     gates, w_h, state, starts, *rest = arrays
     w_t = w_h.transpose(1, 2).contiguous()  # [N, H, G]
     arrays = gates, w_t, state, starts.view(torch.uint8), *rest
-    _launch(_backward_held, _backward_tiled, cell, rest[0], arrays)
+    _launch(_backward_held, _backward_tiled, cell, rest[0], starts, arrays)
 
 
 def _launch(
-    held: Any, tiled: Any, cell: str, y: Tensor, arrays: tuple[Tensor, ...]
+    held: Any,
+    tiled: Any,
+    cell: str,
+    y: Tensor,
+    starts: Tensor,
+    arrays: tuple[Tensor, ...],
 ) -> None:
     count, steps, columns, size = y.shape
     assert steps > 0
     way = plan(cell, size, count * columns, *_resources(y.device))
+    apart = 0 if starts.dim() == 2 else steps * columns  # those of one network
     grid = triton.cdiv(columns, way.constants["BLOCK"]), count
     with torch.cuda.device_of(y):  # type: ignore[no-untyped-call]  # Triton's device
         (held if way.held else tiled)[grid](
-            *arrays, steps, columns, **way.constants, **way.options
+            *arrays, steps, columns, apart, **way.constants, **way.options
         )
 
 
 # --------------------------------------------------------------------------- autograd
+
+
+class Recurrence(torch.autograd.Function):
+    """What is behind the products with the inputs, of N networks that come stacked:
+    y [N, T, B, H] and last [N, R, B, H], from gates [N, T, B, G], state [N, R, B, H],
+    w_h [N, G, H], b_n [N, H] (a GRU's bias behind its reset gate) and starts [N, T, B].
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        starts: Tensor,
+        gates: Tensor,
+        state: Tensor,
+        w_h: Tensor,
+        b_n: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        gates = gates.clone(memory_format=torch.contiguous_format)
+        starts, state, w_h, b_n = (t.contiguous() for t in (starts, state, w_h, b_n))
+        y = gates.new_empty(*gates.shape[:3], w_h.shape[2])
+        kept = y.new_empty(0) if cell == "rnn" else torch.empty_like(y)
+        last = torch.empty_like(state)
+        forward(cell, gates, w_h, b_n, state, starts, y, kept, last)
+        ctx.cell = cell
+        ctx.save_for_backward(gates, w_h, state, starts, y, kept)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor, d_last: Tensor) -> Any:
+        gates, w_h, state, starts, y, kept = ctx.saved_tensors
+        d_gates = torch.empty_like(gates)
+        d_h = torch.empty_like(gates) if ctx.cell == "gru" else d_gates
+        d_state = d_last.clone(memory_format=torch.contiguous_format)
+        saved = gates, w_h, state, starts, y, kept
+        backward(ctx.cell, *saved, d_y.contiguous(), d_state, d_gates, d_h)
+        before = torch.cat((state[:, :1], y[:, :-1]), 1)  # h before each step
+        before.masked_fill_(starts[..., None], 0.0)
+        d_w_h = d_h.flatten(1, 2).mT @ before.flatten(1, 2)
+        d_b_n = d_h[..., -y.shape[3] :].sum((1, 2)) if ctx.cell == "gru" else None
+        return None, None, d_gates, d_state, d_w_h, d_b_n
 
 
 class Layer(torch.autograd.Function):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rlrnn import compiled, kernels, kernels_stacked
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Numbers, Objective
-from rlrnn.recurrent import compiles
+from rlrnn.recurrent import compiles, fuses
 
 MOMENTUM, BETA_1, BETA_2, EPSILON = 0.9, 0.9, 0.999, 1e-8  # torch.optim's
 
@@ -494,6 +494,8 @@ def _layer(
     b_h: Float[Tensor, "N G"],
 ) -> tuple[Float[Tensor, "N K B H"], Float[Tensor, "N R B H"]]:
     """`Recurrent.reference` for N layers: outputs, and the state after."""
+    if fuses(x):
+        return _fused_layer(cell, x, state, starts, w_x, w_h, b_x, b_h)
     gates = _linear(x, w_x, b_x)
     h, c = state[:, 0], state[:, -1]
     outputs = []
@@ -517,6 +519,31 @@ def _layer(
         outputs.append(h)
     last = [h, c] if cell == "lstm" else [h]
     return torch.stack(outputs, 1), torch.stack(last, 1)
+
+
+def _fused_layer(
+    cell: str,
+    x: Tensor,
+    state: Tensor,
+    starts: Tensor | None,
+    w_x: Tensor,
+    w_h: Tensor,
+    b_x: Tensor,
+    b_h: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`_layer` on CUDA: one launch for all steps of all models."""
+    from rlrnn import kernels_cuda
+
+    if starts is None:
+        starts = torch.zeros(x.shape[:3], dtype=torch.bool, device=x.device)
+    bias, b_n = b_x + b_h, b_h
+    if cell == "gru":  # the candidate's own bias is behind the reset gate
+        size = w_h.shape[2]
+        bias = torch.cat((bias[:, : 2 * size], b_x[:, 2 * size :]), 1)
+        b_n = b_h[:, 2 * size :]
+    given = starts, _linear(x, w_x, bias), state, w_h, b_n
+    y, last = kernels_cuda.Recurrence.apply(cell, *given)  # type: ignore[no-untyped-call]
+    return y, last
 
 
 def _compiled_loss(objective: Objective) -> int | None:

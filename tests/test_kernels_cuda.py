@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlrnn import recurrent
+from rlrnn import recurrent, stacked
+from rlrnn.data.chunks import Symbols
+from rlrnn.models import ModelConfig, SequenceModel
+from rlrnn.objectives import Classes
 from rlrnn.recurrent import Cell, Recurrent, together
+from rlrnn.stacked import Stack, Windows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CELLS: list[Cell] = ["lstm", "gru", "rnn"]
@@ -186,6 +190,34 @@ def test_networks_side_by_side(
 
 @ways
 @cells
+def test_stacked_models(
+    device: torch.device, cell: Cell, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rlrnn.stacked`: each with its own restarts."""
+    force(monkeypatch, way)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = ModelConfig(cell, 20, 2, 3)
+        models = [SequenceModel(Symbols(5), 5, config).to(device) for _ in range(3)]
+    stack = Stack(models, Classes(5), ["adam"] * 3, [0.0] * 3)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randint(5, (2, 3, 6, 4), generator=g).to(device)
+    starts = (torch.rand(3, 6, 4, generator=g) < 0.3).to(device)
+    windows = Windows(x, y, starts, None, torch.full((3,), 24.0, device=device))
+    state = torch.randn(stack.initial_state(4).shape, generator=g).to(device)
+    rates = torch.full((3,), 1e-2, device=device), torch.ones(3, device=device)
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(stacked, "fuses", lambda x, fused=fused: fused)
+        done = stack.reference(windows, state, *rates, watch=True, keep=True)
+        results.append([*done, stack.grads.clone()])
+        stack.weights = torch.stack([stacked._flat(model) for model in models])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@ways
+@cells
 def test_trace(
     device: torch.device, cell: Cell, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +300,7 @@ if not INTERPRETED:
             )
             kinds = {name: "*fp32" for name in kernel.arg_names}
             kinds |= {"starts": "*u8", "steps": "i32", "columns": "i32"}
+            kinds["apart"] = "i32"
             kinds |= {name: "constexpr" for name in plan.constants}
             source = ASTSource(kernel, signature=kinds, constexprs=plan.constants)
             target = GPUTarget("cuda", capability, 32)
