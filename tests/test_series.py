@@ -354,6 +354,9 @@ def test_a_test_file_goes_on_where_training_ends(tmp_path: Path) -> None:
     assert chunk.y[3].tolist() == [[61, 62, 63, 64], [85, 87, 89, 91]]
     assert chunk.x[3, :, -1].tolist() == [60, 83]
     assert problem.valid.window(0, 4).y[3, 1].tolist() == [77, 79, 81, 83]
+    (tmp_path / "test.csv").write_text(head + "A,61,62,63,64\nB,85,x,89,91\n")
+    with pytest.raises(DataError, match="line 3, column V3: 'x' is no number"):
+        series_problem(paths, SPLIT, 4, 0, options)
     (tmp_path / "test.csv").write_text(head + "A,61,62,63,64\n")
     with pytest.raises(DataError, match="lacks the series B"):
         series_problem(paths, SPLIT, 4, 0, options)
@@ -555,7 +558,7 @@ def test_a_season_is_learned(tmp_path: Path) -> None:
         frame[f"v{i}"] = 10 + np.sin((np.arange(800) + 5 * i) * 2 * np.pi / 24)
     frame.to_csv(path, index=False)
     options = SeriesOptions(lookback=24, horizon=12, patch=6, channels="apart")
-    training = TrainingConfig(40_000.0, decisions=6)
+    training = TrainingConfig(20_000.0, decisions=6)
     data = DataConfig("series", str(path), batch=16, series=options)
     trainer = build_trainer(Task(data, ModelConfig("gru", 16), training))
     controller = make_controller("cosine", 1e-2, 8)

@@ -228,7 +228,7 @@ def forecast(
         begins, rows = for_each_variable(begins, rows, panel, len(targets))
     shape = Shape(lookback, horizon, format["patch"], format["subtract"])
     windows = Windows(
-        panel, torch.from_numpy(begins), torch.from_numpy(rows), shape, len(begins)
+        panel, torch.from_numpy(begins), torch.from_numpy(rows), shape, 256
     ).to(next(model.parameters()).device)
     objective = Numbers(
         horizon * panel.values.shape[1], format["loss"], tuple(format["quantiles"])

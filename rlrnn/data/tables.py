@@ -160,16 +160,17 @@ def _rows(table: _Table) -> list[Series]:
     """A series in each row; empty cells at its end pad it."""
     names = table.frame.iloc[:, 0].astype(str)
     cells = table.frame.iloc[:, 1:]
-    values = cells.apply(pd.to_numeric, errors="coerce")
-    bad = np.argwhere((values.isna() & cells.notna()).to_numpy())
-    if len(bad):
-        row, column = bad[0]
+    try:
+        values = cells.to_numpy(np.float64)
+    except ValueError:
+        numbers = cells.apply(pd.to_numeric, errors="coerce")
+        row, column = np.argwhere((numbers.isna() & cells.notna()).to_numpy())[0]
         raise DataError(
             f"{table.line(row)}, column {cells.columns[column]}: "
             f"{str(cells.iloc[row, column])!r} is no number"
-        )
+        ) from None
     series = []
-    for row, line in enumerate(values.to_numpy(np.float64)):
+    for row, line in enumerate(values):
         there = np.flatnonzero(~np.isnan(line))
         if not len(there):
             raise DataError(f"{table.line(row)}: the series {names[row]} has no values")
