@@ -141,7 +141,8 @@ def backward(
         assert d_rows is not None
         d_gates = np.empty_like(gates)
         d_h = np.empty_like(gates) if shape.cell == "gru" else d_gates
-        d_layer = np.ascontiguousarray(d_after[None, layer :: shape.layers])
+        # a copy, which the kernel writes into: `d_after` may be a tensor's own gradient
+        d_layer = np.array(d_after[None, layer :: shape.layers])
         kernels.backward(
             shape.cell,
             gates,

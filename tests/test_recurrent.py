@@ -139,6 +139,19 @@ def test_truncation(core: Recurrent) -> None:
     assert not by_input(1)[:-1].any() and by_input(1)[-1].any()
 
 
+@core_cases
+def test_gradients_of_two_states_at_once(core: Recurrent) -> None:
+    """The way back writes into nothing that is somebody's gradient."""
+    x, state = _normal(2 * T, B, D), _state(core).requires_grad_()
+    _, middle = core(x[:T], state)
+    y, end = core(x[T:], middle)
+    loss = y.square().sum() + end.sum()
+    both = torch.autograd.grad(loss, (state, middle), retain_graph=True)
+    for found, at in zip(both, (state, middle), strict=True):
+        (alone,) = torch.autograd.grad(loss, at, retain_graph=True)
+        torch.testing.assert_close(found, alone)
+
+
 def test_initial_state_is_zero_and_shaped() -> None:
     assert Recurrent(D, H, 2, "lstm").initial_state(B).shape == (4, B, H)
     assert Recurrent(D, H, 2, "gru").initial_state(B).shape == (2, B, H)
