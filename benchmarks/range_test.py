@@ -15,8 +15,9 @@ import torch
 
 from rlrnn.control import prior
 from rlrnn.flows import run_task
-from rlrnn.ledger import Optimizer, TrainingConfig
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
+from rlrnn.optimizers import Optimizer
 from rlrnn.tasks import DataConfig, Task, build_trainer
 
 TEXT = DataConfig(size=600_000, batch=16, half=1)

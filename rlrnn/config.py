@@ -179,9 +179,12 @@ class FitConfig:
         data: what is learned.
         model: what learns it.
         training: how, and the budget.
-        controller: learned, prior, constant, cosine, plateau, or a controller file.
-        lr: the rate of constant, cosine (its peak) or plateau (its first).
-        truncation: K of constant, cosine or plateau.
+        controller: learned, prior, constant, cosine, plateau, linear, length_warmup,
+            adaptive (see docs/controller.md), or a controller file.
+        lr: the rate of constant; the first of plateau; the peak of cosine, and of
+            length_warmup and adaptive at K = truncation.
+        truncation: K of constant, cosine, plateau and linear, the last of
+            length_warmup, the first of adaptive.
         init_from: a run whose encoder, layers and, where it speaks of the same, head
             this one begins with; see also training.frozen, unfreeze and layer_decay.
         seed: of the initial weights and of synthetic data.
@@ -211,6 +214,11 @@ class FitConfig:
             raise ValueError(f"lr is {self.lr}, expected above 0 and at most 10")
         if not 1 <= self.truncation <= 1024:
             raise ValueError(f"truncation is {self.truncation}, expected 1 to 1024")
+        if self.controller == "adaptive" and not self.training.decay_probe:
+            raise ValueError(
+                "training.decay_probe is false, expected true: controller adaptive "
+                "chooses K by it"
+            )
 
 
 @dataclass(frozen=True)

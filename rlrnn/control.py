@@ -1,4 +1,4 @@
-"""Controllers of a training run: what they see, what they set, and those not learned.
+"""Controllers of a training run: what they see, what they set, and the codec.
 
 A controller sets the knobs of n runs at once, and is pure: all it remembers is in the
 state that it returns, a tree of arrays that a checkpoint can hold.
@@ -12,7 +12,6 @@ tuning environment and a run of `fit` are one thing.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -86,25 +85,10 @@ class Controller(Protocol):
     def __call__(self, signals: Signals, state: State) -> tuple[Knobs, State]: ...
 
 
-def _knobs(lr: Array, lr_end: Array, truncation: int | Array) -> Knobs:
+def make_knobs(lr: Array, lr_end: Array, truncation: int | Array) -> Knobs:
+    """Knobs with their kinds, and rates inside their bounds."""
     whole = np.broadcast_to(np.asarray(truncation), lr.shape).astype(np.int64)
     return Knobs(lr.clip(*LR_BOUNDS), lr_end.clip(*LR_BOUNDS), whole)
-
-
-@dataclass(frozen=True)
-class Constant:
-    """One rate, one truncation: what a training loop does when nobody tunes it."""
-
-    lr: float = 1e-3
-    truncation: int = 32
-    range_test = False
-
-    def init(self, n: int) -> State:
-        return {}
-
-    def __call__(self, signals: Signals, state: State) -> tuple[Knobs, State]:
-        lr = np.full_like(signals.progress, self.lr)
-        return _knobs(lr, lr, self.truncation), state
 
 
 def warmup_cosine(progress: Array, warmup: float) -> Array:
@@ -114,53 +98,6 @@ def warmup_cosine(progress: Array, warmup: float) -> Array:
     cosine = 0.5 * (1 + np.cos(math.pi * falling.clip(0, 1)))
     rising = progress / warmup if warmup > 0 else np.ones_like(progress)
     return np.where(progress < warmup, rising, cosine)
-
-
-@dataclass(frozen=True)
-class WarmupCosine:
-    """A warm-up to `lr` over a share `warmup` of the budget, then a cosine to zero."""
-
-    lr: float = 1e-3
-    truncation: int = 32
-    warmup: float = 0.05
-    range_test = False
-
-    def init(self, n: int) -> State:
-        return {}
-
-    def __call__(self, signals: Signals, state: State) -> tuple[Knobs, State]:
-        begin = self.lr * warmup_cosine(signals.progress, self.warmup)
-        end = self.lr * warmup_cosine(signals.next_progress, self.warmup)
-        return _knobs(begin, end, self.truncation), state
-
-
-@dataclass(frozen=True)
-class Plateau:
-    """Multiplies the rate by `factor` when the probe loss has not fallen by a share
-    `threshold` for `patience` decisions, as torch's ReduceLROnPlateau does."""
-
-    lr: float = 1e-3
-    truncation: int = 32
-    factor: float = 0.5
-    patience: int = 3
-    threshold: float = 1e-3
-    range_test = False
-
-    def init(self, n: int) -> State:
-        return {
-            "lr": np.full(n, self.lr),
-            "best": np.full(n, np.inf),
-            "waited": np.zeros(n),
-        }
-
-    def __call__(self, signals: Signals, state: State) -> tuple[Knobs, State]:
-        better = signals.probe_loss < state["best"] * (1 - self.threshold)
-        waited = np.where(better, 0, state["waited"] + 1)
-        drop = waited > self.patience
-        lr = np.where(drop, state["lr"] * self.factor, state["lr"])
-        best = np.where(better, signals.probe_loss, state["best"])
-        state = {"lr": lr, "best": best, "waited": np.where(drop, 0, waited)}
-        return _knobs(lr, lr, self.truncation), state
 
 
 # --- the codec ----------------------------------------------------------------------
@@ -298,11 +235,7 @@ class Codec:
         uncut = signals.truncation_max * 2.0 ** (log2_k - math.log2(self.truncation))
         cut = np.where(signals.whole > 0, uncut.clip(low, high), k)
         k = np.where(signals.whole > 0, self.truncation, k)
-        power = np.where(signals.adaptive > 0, 0.5, 1.0)
-        base = np.where(
-            np.isnan(signals.range_lr), default_lambda(power), signals.range_lr
-        )
-        peak = base * np.exp(log_lambda) * k**power
+        peak = base_lambda(signals) * np.exp(log_lambda) * k ** rate_power(signals)
         # Offsets past the bounds of the rate would take as many moves to come back.
         bounded = peak.clip(*LR_BOUNDS)
         log_lambda = log_lambda + np.log(bounded / peak)
@@ -315,7 +248,18 @@ class Codec:
             "log2_k": log2_k,
             "previous": moved,
         }
-        return _knobs(begin, end, cut), after
+        return make_knobs(begin, end, cut), after
+
+
+def rate_power(signals: Signals) -> Array:
+    """p of lr = lambda K^p: 1/2 for Adam's family, 1 for SGD."""
+    return np.where(signals.adaptive > 0, 0.5, 1.0)
+
+
+def base_lambda(signals: Signals) -> Array:
+    """Lambda of the range test, or the default where it found none."""
+    default = default_lambda(rate_power(signals))
+    return np.where(np.isnan(signals.range_lr), default, signals.range_lr)
 
 
 def default_lambda(power: Array) -> Array:
@@ -368,12 +312,3 @@ class Steered:
 def prior() -> Steered:
     """Range test, then warm-up and cosine: what the untrained controller does."""
     return Steered(NoOp())
-
-
-# Controllers by the names of the command line, from a rate and a truncation (None:
-# the controller's own). `learned` joins them in `rlrnn.flows`, which knows agents.
-UNLEARNED: dict[str, Callable[..., Controller]] = {
-    "constant": Constant,
-    "cosine": WarmupCosine,
-    "plateau": Plateau,
-}

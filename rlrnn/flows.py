@@ -46,9 +46,10 @@ from rlrnn.agents.masking import (
     is_masking_supported,
 )
 from rlrnn.agents.vector import TensorVecEnv
+from rlrnn.baselines import UNLEARNED
 from rlrnn.checkpoint import CheckpointError
 from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneConfig
-from rlrnn.control import NO_OP, UNLEARNED, Controller, Signals, prior
+from rlrnn.control import NO_OP, Controller, Signals, prior
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
@@ -474,8 +475,8 @@ def _film(agent: RecurrentPPO, config: TrainConfig, run: Run) -> None:
 
 
 def make_controller(name: str, lr: float = 1e-3, truncation: int = 32) -> Controller:
-    """`learned` (the shipped one), `prior`, `constant`, `cosine`, `plateau`, or a file
-    that `rlrnn tune` wrote."""
+    """`learned` (the shipped one), `prior`, one of `UNLEARNED`, or a file that
+    `rlrnn tune` wrote."""
     if name in UNLEARNED:
         return UNLEARNED[name](lr=lr, truncation=truncation)
     if name == "prior":

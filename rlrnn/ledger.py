@@ -16,9 +16,9 @@ import numpy as np
 from rlrnn.checks import at_least, one_of, share
 from rlrnn.control import TRUNCATION_BOUNDS, Array, Knobs, Signals
 from rlrnn.data.chunks import Problem
+from rlrnn.optimizers import Optimizer, rate_power
 from rlrnn.rangetest import suggest_lambda
 
-Optimizer = Literal["sgd", "momentum", "adam", "adamw"]
 Select = Literal["last", "valid"]
 Frozen = Literal["none", "encoder", "core"]
 
@@ -33,13 +33,16 @@ class TrainingConfig:
 
     Args:
         budget: tokens to spend, on training, probing, range test and all.
-        optimizer: sgd, momentum (0.9), adam or adamw.
-        weight_decay: decoupled for adamw, an L2 penalty for the others.
+        optimizer: sgd, momentum (0.9), adam, adamw, schedulefree (AdamW without a
+            schedule) or prodigy (Adam that finds its rate; lr is a factor, usually 1).
+        weight_decay: an L2 penalty for sgd, momentum and adam, decoupled for others.
         clip: the gradient norm above which gradients are scaled down.
         decisions: intervals that a controller decides on; a sixth of them lie in the
             first 5 % of the budget.
         probe_share: of the budget, spent on watching the probe loss.
         range_test_share: of the budget, spent on a range test if one is asked for.
+        decay_probe: the last window of each interval goes back once more, charged, so
+            that grad_decay is that of its later losses alone (see controller adaptive).
         epochs: passes over the training part, in place of a budget in tokens.
         accumulate: windows whose gradients make one update.
         average: share of the budget over which weights are averaged (an exponential
@@ -64,6 +67,7 @@ class TrainingConfig:
     decisions: int = 24
     probe_share: float = 0.02
     range_test_share: float = 0.04
+    decay_probe: bool = False
     epochs: float | None = None
     accumulate: int = 1
     average: float = 0.0
@@ -95,6 +99,16 @@ class TrainingConfig:
             raise ValueError(
                 f"layer_decay is {self.layer_decay}, expected above 0 and at most 1"
             )
+        if self.optimizer == "prodigy" and self.layer_decay != 1:
+            raise ValueError(
+                f"layer_decay is {self.layer_decay}, expected 1: optimizer "
+                "prodigy has one rate"
+            )
+        if self.optimizer == "schedulefree" and self.average:
+            raise ValueError(
+                f"average is {self.average}, expected 0 with optimizer schedulefree, "
+                "which averages by itself"
+            )
         if self.patience is not None:
             at_least("patience", self.patience, 1)
             if self.select != "valid":
@@ -118,7 +132,7 @@ class TrainingConfig:
     @property
     def power(self) -> float:
         """p of lr = lambda K^p."""
-        return 0.5 if self.optimizer.startswith("adam") else 1.0
+        return rate_power(self.optimizer)
 
 
 class Ledger:

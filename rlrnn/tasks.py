@@ -25,8 +25,9 @@ from rlrnn.data.text import (
     text_problem,
 )
 from rlrnn.device import resolve_device
-from rlrnn.ledger import Optimizer, TrainingConfig
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
+from rlrnn.optimizers import Optimizer
 from rlrnn.recurrent import Cell
 from rlrnn.training import Trainer
 

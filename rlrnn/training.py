@@ -24,8 +24,9 @@ from torch import Tensor
 from rlrnn.control import Array, Knobs, Signals
 from rlrnn.data.chunks import Chunk, Problem, Source
 from rlrnn.evaluation import mean_loss, score
-from rlrnn.ledger import Ledger, Measured, TrainingConfig
+from rlrnn.ledger import FORWARD_COST, Ledger, Measured, TrainingConfig
 from rlrnn.models import SequenceModel, activation_penalty
+from rlrnn.optimizers import evaluation_weights, make_optimizer
 
 
 class Trainer(Ledger):
@@ -56,7 +57,9 @@ class Trainer(Ledger):
         self.generator = torch.Generator(self.device).manual_seed(seed % 2**63)
         model.seed(self.generator)
         self.parameters, self.groups = self._learning_parts()
-        self.optimizer = self._make_optimizer()
+        self.optimizer = make_optimizer(
+            config.optimizer, self.groups, config.weight_decay
+        )
         self.hidden = model.initial_state(self.batch)
         self.averaged = (
             [p.detach().clone() for p in self.parameters] if config.average else []
@@ -99,24 +102,6 @@ class Trainer(Ledger):
                 parameter.requires_grad_(number < due)
                 if number >= due:
                     parameter.grad = None
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        # fused: the step count stays on the device, and nothing is read back
-        decay = self.config.weight_decay
-        match self.config.optimizer:
-            case "adam":
-                return torch.optim.Adam(self.groups, fused=True, weight_decay=decay)
-            case "adamw":
-                return torch.optim.AdamW(self.groups, fused=True, weight_decay=decay)
-            case name:
-                momentum = 0.9 if name == "momentum" else 0.0
-                return torch.optim.SGD(
-                    self.groups,
-                    lr=1e-3,
-                    fused=True,
-                    momentum=momentum,
-                    weight_decay=decay,
-                )
 
     def start(self, range_test: bool = False) -> Signals:
         """The signals before the first decision."""
@@ -238,6 +223,7 @@ class Trainer(Ledger):
         y_1, first, middle = self.model.read(chunk.x[:half], carried, halves[0])
         middle.retain_grad()
         y_2, second, state = self.model.read(chunk.x[half:], middle, halves[1])
+        decay = self._decay(second, chunk, carried, middle)
         loss = self._loss(torch.cat((first, second)), chunk)
         penalty = loss.new_zeros(())
         if self.config.ar or self.config.tar:
@@ -247,13 +233,34 @@ class Trainer(Ledger):
         self.hidden = state.detach()
         assert carried.grad is not None and middle.grad is not None
         every = self.config.accumulate
-        return loss.detach(), fading(
+        watched = fading(
             every * carried.grad.norm(),
             every * middle.grad.norm(),
             carried.detach().norm(),
             loss.detach(),
             steps,
         )
+        return loss.detach(), watched | decay
+
+    def _decay(
+        self, later: Tensor, chunk: Chunk, carried: Tensor, middle: Tensor
+    ) -> dict[str, Tensor]:
+        """`grad_decay` of a window's later losses alone, through its first half; zero
+        if none is due there. Nothing if it is not asked for.
+
+        The gradient of all losses does not fade to begin with: those of the first half
+        add to it on the way.
+        """
+        if not self.config.decay_probe:
+            return {}
+        half = len(chunk.x) - len(later)
+        mask = None if chunk.mask is None else chunk.mask[half:]
+        total = self.problem.objective.total(later, chunk.y[half:], mask)
+        grads = torch.autograd.grad(total, (carried, middle), retain_graph=True)
+        self.spent += (1 - FORWARD_COST) * len(chunk.x) * self.batch
+        tiny = torch.finfo(total.dtype).tiny
+        far, near = ((grad.norm() + tiny).log() for grad in grads)
+        return {"grad_decay": (near - far) / half}
 
     def _update(self, steps: int) -> Tensor:
         """Clips, and moves the weights; the gradient's norm before, on the device."""
@@ -273,7 +280,8 @@ class Trainer(Ledger):
 
     def _probe(self) -> Tensor:
         self.spent += self._probe_cost
-        return self._mean_loss("probe", self.probe_steps)
+        with self._holding(evaluation_weights(self.optimizer, self.parameters)):
+            return self._mean_loss("probe", self.probe_steps)
 
     def _mean_loss(self, split: str, steps: int) -> Tensor:
         source = getattr(self.problem, split)
@@ -293,12 +301,21 @@ class Trainer(Ledger):
     def kept_weights(self) -> Iterator[None]:
         """Inside, the model has the weights that the run is for: the best ones, the
         averaged ones, or the last."""
-        kept = self.best or self.averaged
-        if not kept:
+        with self._holding(self.best or self._latest()):
+            yield
+
+    def _latest(self) -> list[Tensor]:
+        """Averaged weights, ours or the optimiser's own; nothing without an average."""
+        return self.averaged or evaluation_weights(self.optimizer, self.parameters)
+
+    @contextmanager
+    def _holding(self, weights: list[Tensor]) -> Iterator[None]:
+        """Inside, the model has these weights, or its own if there are none."""
+        if not weights:
             yield
             return
         current = [p.detach().clone() for p in self.parameters]
-        self._load_weights(kept)
+        self._load_weights(weights)
         try:
             yield
         finally:
@@ -317,11 +334,9 @@ class Trainer(Ledger):
 
     def _select(self) -> None:
         """Keeps the weights if they are the best on the validation part so far."""
-        candidate = self.averaged or [p.detach() for p in self.parameters]
-        current = [p.detach().clone() for p in self.parameters]
-        self._load_weights(candidate)
-        self.valid_loss = float(self._mean_loss("valid", self.problem.valid.length))
-        self._load_weights(current)
+        candidate = self._latest() or [p.detach().clone() for p in self.parameters]
+        with self._holding(candidate):
+            self.valid_loss = float(self._mean_loss("valid", self.problem.valid.length))
         self.waited += 1
         if self.valid_loss < self.best_valid:
             self.best_valid, self.waited = self.valid_loss, 0
