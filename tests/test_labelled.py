@@ -22,10 +22,10 @@ from rlrnn.data.labelled import (
     labelled_problem,
     read_labelled,
 )
+from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.objectives import Classes, Numbers
 from rlrnn.tasks import DataConfig, Task, build_trainer
-from rlrnn.training import TrainingConfig
 
 SPLIT = [0.8, 0.1, 0.1]
 WIDE = LabelledOptions()

@@ -127,10 +127,13 @@ def resample(wave: Wave, rate: int, wanted: int) -> Wave:
     """The same sound at another rate: its spectrum, cut or padded with zeros."""
     if rate == wanted:
         return wave
-    length = max(1, round(len(wave) * wanted / rate))
-    spectrum = np.fft.rfft(wave)[: length // 2 + 1]
-    scaled = np.fft.irfft(spectrum, length) * (length / len(wave))
-    return scaled.astype(np.float32)
+    # silence is added until both lengths are whole, so that the ratio is exact
+    step = rate // math.gcd(rate, wanted)
+    given = -(-len(wave) // step) * step
+    length = given * wanted // rate
+    spectrum = np.fft.rfft(wave, given)[: length // 2 + 1]
+    scaled = np.fft.irfft(spectrum, length) * (length / given)
+    return scaled[: -(-len(wave) * wanted // rate)].astype(np.float32)
 
 
 # --- features -----------------------------------------------------------------------

@@ -205,7 +205,7 @@ def speech_problem(
         for name, part in parts.items()
     }
     frames = np.concatenate(features["train"])
-    scale = frames.std(0)
+    scale = frames.std(0, dtype=np.float64)
     tokens = [_tokens(_wanted(recording, options), options) for recording in heard]
     labels = sorted({token for string in tokens for token in string})
     if options.task == "classification" and len(labels) < 2:
@@ -214,8 +214,9 @@ def speech_problem(
         "kind": "speech",
         "options": asdict(options),
         "labels": labels,
-        "mean": frames.mean(0),
-        "scale": np.where(scale > 0, scale, 1),
+        "mean": frames.mean(0, dtype=np.float64).astype(np.float32),
+        # a band that is silent throughout has none
+        "scale": np.where(scale > 1e-3, scale, 1).astype(np.float32),
     }
     ctc = options.task == "transcription"
 
