@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from rlrnn.checks import one_of
 from rlrnn.data.chunks import (
     PROBE_STREAMS,
+    Batches,
+    Features,
     Problem,
     Source,
     Streams,
@@ -16,10 +18,10 @@ from rlrnn.data.chunks import (
     split_symbols,
     training_part,
 )
-from rlrnn.data.synthetic import copy_problem, markov_problem
+from rlrnn.data.synthetic import adding_problem, copy_problem, markov_problem
 from rlrnn.models import ModelConfig
-from rlrnn.objectives import Classes
-from rlrnn.recurrent import Cell
+from rlrnn.objectives import Classes, Numbers
+from rlrnn.recurrent import Cell, Recurrent
 from rlrnn.tasks import DataConfig, Kind, Task, Tasks, build_problem
 
 N, B = 13, 3
@@ -94,6 +96,77 @@ def test_targets_are_the_next_symbols_across_columns_too(batch: int) -> None:
     assert torch.equal(s.y, s.x + 1)
     # read column after column, nothing is left out and nothing comes twice
     assert torch.equal(s.x.T.flatten(), torch.arange(s.length * batch))
+
+
+# --- batches ------------------------------------------------------------------------
+
+
+def ragged(count: int = 37) -> list[NDArray[np.float32]]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 60, count).tolist()
+    return [rng.normal(size=(length, 2)).astype(np.float32) for length in lengths]
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_each_pass_has_each_sequence_once_padded_at_its_end(seed: int | None) -> None:
+    given = ragged()
+    source = Batches(given, range(len(given)), 5, seed)
+    members = []
+    for lap in range(3):
+        t, seen, due = lap * source.length, [], 0.0
+        while t < (lap + 1) * source.length:
+            span = source.span(t, 16)
+            chunk = source.window(t, span)
+            assert chunk.starts is not None and chunk.mask is not None
+            t += span
+            due += chunk.due * chunk.scale
+            for b in range(chunk.x.shape[1]):
+                number = int(chunk.y[0, b])
+                end = len(given[number])
+                assert (chunk.x[:end, b].numpy() == given[number]).all()
+                assert (chunk.x[end:, b] == 0).all()
+                assert (chunk.y[:, b] == number).all()
+                assert chunk.mask[:, b].nonzero().flatten().tolist() == [end - 1]
+                begins = {0, end} - {span}
+                assert set(chunk.starts[:, b].nonzero().flatten().tolist()) == begins
+                seen.append(number)
+        assert t == (lap + 1) * source.length and sorted(seen) == list(range(37))
+        assert due == pytest.approx(37)
+        members.append(seen)
+    assert (members[0] == members[1]) == (seed is None)
+    again = Batches(given, range(len(given)), 5, seed).to(torch.device("cpu"))
+    for t in (0, source.length):
+        assert torch.equal(
+            again.window(t, again.span(t, 1)).x, source.window(t, source.span(t, 1)).x
+        )
+
+
+def test_padding_of_like_lengths_stays_below_15_percent() -> None:
+    given = ragged(400)
+    source = Batches(given, range(400), 8, 0)
+    assert source.length * 8 < 1.15 * 1.05 * sum(map(len, given))
+    one = Batches([np.zeros((7, 1), np.float32)] * 6, range(6), 4, 0)
+    assert one.spans.tolist() == [7, 7]
+
+
+def test_targets_are_of_frames_sequences_or_strings() -> None:
+    given = ragged()
+    frames = Batches(given, [x * 2 for x in given], 5, 0)
+    chunk = frames.window(0, frames.span(0, 1))
+    assert chunk.mask is not None
+    assert torch.equal(chunk.y[chunk.mask], 2 * chunk.x[chunk.mask])
+    assert frames.scale == pytest.approx(sum(map(len, given)) / len(frames.spans))
+    numbers = Batches(given, [float(x[0, 0]) for x in given], 5, 0)
+    chunk = numbers.window(0, numbers.span(0, 1))
+    assert torch.equal(chunk.y[3], chunk.x[0, :, :1])
+    strings = [np.arange(len(x) // 8) for x in given]  # some are empty
+    ctc = Batches(given, strings, 5, 0, ctc=True)
+    chunk = ctc.window(0, ctc.span(0, 1))
+    assert chunk.mask is not None
+    for b, length in enumerate(chunk.mask.sum(0).tolist()):
+        kept = chunk.y[:, b][chunk.y[:, b] >= 0]
+        assert kept.tolist() == list(range(length // 8))
+    assert chunk.due * ctc.scale == (chunk.y >= 0).sum()
 
 
 # --- splits -------------------------------------------------------------------------
@@ -202,12 +275,66 @@ def test_copy_asks_for_its_word_after_the_cue_and_nowhere_else() -> None:
     assert set(train) == set(range(symbols + 2)) >= set(test)
 
 
-@pytest.mark.parametrize("kind", ["markov", "copy"])
+def test_copy_of_ten_symbols_is_that_of_the_literature() -> None:
+    problem = copy_problem(np.random.default_rng(0), 50_000, 2, 8, 200, string=10)
+    train = problem.train
+    assert isinstance(train, Streams) and train.mask is not None
+    assert train.length % 221 == 0
+    x, y, mask = (a.reshape(-1, 221, 2) for a in (train.x, train.y, train.mask))
+    assert torch.equal(x[:, :10], y[:, -10:]) and (x[:, 10:210] == 0).all()
+    assert mask[:, -10:].all() and not mask[:, :-10].any()
+    assert set(x[:, :10].flatten().tolist()) == set(range(2, 10))
+
+
+def test_adding_asks_for_the_sum_of_two_marked_numbers_that_never_come_again() -> None:
+    problem = adding_problem(0, 40_000, 4, 50)
+    assert problem.inputs == Features(2) and problem.objective == Numbers(1)
+    values = []
+    for part in (problem.train, problem.probe, problem.valid, problem.test):
+        for number in range(3):
+            chunk = part.window(50 * number, part.span(50 * number, 7))
+            assert chunk.mask is not None and chunk.starts is None
+            x, y = chunk.x.numpy(), chunk.y.numpy()
+            assert (x[..., 1].sum(0) == 2).all() and set(x[..., 1].flatten()) == {0, 1}
+            np.testing.assert_allclose(y[-1, :, 0], (x[..., 0] * x[..., 1]).sum(0))
+            assert chunk.mask[-1].all() and not chunk.mask[:-1].any()
+            values += x[..., 0].flatten().tolist()
+    assert len(set(values)) > 0.99 * len(values)
+    assert np.mean(values) == pytest.approx(0.5, abs=0.02)
+    # saying 1 has the error 1/6
+    tests = [problem.test.window(50 * n, 50).y[-1] for n in range(12)]
+    error = float((torch.cat(tests) - 1).square().mean())
+    assert error == pytest.approx(1 / 6, abs=0.03)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "mingru"])
+def test_units_that_reach_back_forget_after_as_many_steps(cell: Cell) -> None:
+    """With the input gate shut, a state fades by the share 1 - 1/T that chrono
+    initialisation gives its gate."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        core = Recurrent(1, 400, 1, cell)
+        core.reach(100)
+    for name, weight in core.named_parameters():
+        if "weight" in name:
+            weight.data.zero_()
+    state = torch.zeros(core.rows, 1, 400)
+    state[-1] = 1  # of an lstm the cell
+    _, after = core(torch.zeros(1, 1, 1), state)
+    # a fixed point, if the candidate is not zero, is where the state goes to
+    _, zero = core(torch.zeros(1, 1, 1), torch.zeros_like(state))
+    kept = (after[-1] - zero[-1]).flatten().detach()
+    steps = 1 / (1 - kept)
+    assert 1.9 < float(steps.min()) and float(steps.max()) <= 100.1
+    assert float(steps.mean()) == pytest.approx(51, abs=4)  # uniform
+
+
+@pytest.mark.parametrize("kind", ["markov", "copy", "adding"])
 def test_same_seed_same_data(kind: str) -> None:
     def data(seed: int) -> torch.Tensor:
         config = DataConfig(kind, batch=2, size=900)  # type: ignore[arg-type]
-        problem = build_problem(Task(config, ModelConfig(), seed=seed))
-        return problem.train.window(0, problem.train.length).x
+        source = build_problem(Task(config, ModelConfig(), seed=seed)).train
+        return source.window(0, source.span(0, 900)).x
 
     assert torch.equal(data(0), data(0))
     assert not torch.equal(data(0), data(1))
