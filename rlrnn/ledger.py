@@ -15,7 +15,7 @@ import numpy as np
 
 from rlrnn.checks import at_least, one_of, share
 from rlrnn.control import TRUNCATION_BOUNDS, Array, Knobs, Signals
-from rlrnn.data.chunks import Problem
+from rlrnn.data.chunks import Chunk, Problem
 from rlrnn.optimizers import Optimizer, rate_power
 from rlrnn.rangetest import suggest_lambda
 
@@ -255,6 +255,16 @@ class Ledger:
         steps = np.array(spans, np.float64)
         middles = (np.cumsum(steps) - steps / 2) / steps.sum()
         return Interval(truncation, spans, begin + (end - begin) * middles, end)
+
+    def next_chunk(self, steps: int) -> Chunk:
+        """The next steps of the training part, charged."""
+        chunk = self.source.window(self.position, steps)
+        self.position += steps
+        self.spent += steps * self.batch
+        return chunk
+
+    def charge_probe(self) -> None:
+        self.spent += self._probe_cost
 
     def begin(self, probe: float, sweep: tuple[Array, Array, int] | None) -> Signals:
         """Books what `start` measures: the first probe loss, and the rates, losses and

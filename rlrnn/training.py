@@ -125,10 +125,9 @@ class Trainer(Ledger):
         seen = _Seen()
         last = len(interval.spans) - 1
         for number, steps in enumerate(interval.spans):
-            chunk = self._next_chunk(steps)
-            if chunk.due == 0:  # nothing to learn: only the state goes on
-                with torch.no_grad():
-                    _, self.hidden = self.model(chunk.x, self.hidden, chunk.starts)
+            chunk = self.next_chunk(steps)
+            if chunk.due == 0:
+                self._read_on(chunk)
                 continue
             self._set_lr(float(interval.rates[number]))
             self._train(chunk, interval.truncation, seen, number == last)
@@ -142,15 +141,14 @@ class Trainer(Ledger):
             self._select()
         return signals
 
+    @torch.no_grad()
+    def _read_on(self, chunk: Chunk) -> None:
+        """Nothing to learn: only the state goes on."""
+        _, self.hidden = self.model(chunk.x, self.hidden, chunk.starts)
+
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-
-    def _next_chunk(self, steps: int) -> Chunk:
-        chunk = self.source.window(self.position, steps)
-        self.position += steps
-        self.spent += steps * self.batch
-        return chunk
 
     def _train(
         self,
@@ -369,11 +367,15 @@ class Trainer(Ledger):
         for lr in rates:
             self._set_lr(float(lr))
             steps = self.source.span(self.position, truncation)
-            chunk = self._next_chunk(steps)
+            chunk = self.next_chunk(steps)
+            if chunk.due == 0:
+                self._read_on(chunk)
+                losses.append(torch.full_like(snapshot.weights[0].sum(), math.nan))
+                continue
             self.optimizer.zero_grad(set_to_none=True)
             loss = self._gradient(chunk, max(truncation, steps))
             self._update(steps)
-            losses.append(loss / (chunk.due or math.nan))
+            losses.append(loss / chunk.due)
         self._restore(snapshot)
         self.updates = 0
         return rates, torch.stack(losses).double().cpu().numpy(), truncation
