@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from rlrnn import checkpoint
 from rlrnn.agents.policies import RecurrentPolicy
-from rlrnn.control import ACTIONS, FEATURES, NO_OP, State, Steered
+from rlrnn.control import (
+    ACTIONS,
+    FEATURES,
+    NO_OP,
+    Ablation,
+    Codec,
+    State,
+    Steered,
+)
 
 SHIPPED = Path(__file__).parent / "controller.zip"
 OBSERVATIONS = spaces.Box(-5.0, 5.0, (len(FEATURES),), np.float32)
@@ -48,9 +56,9 @@ class PolicyPlayer:
         return actions, {"recurrent": recurrent}
 
 
-def learned(policy: RecurrentPolicy) -> Steered:
-    """The controller that plays `policy`."""
-    return Steered(PolicyPlayer(policy))
+def learned(policy: RecurrentPolicy, ablation: Ablation = "none") -> Steered:
+    """The controller that plays `policy`, under the ablation that it learned with."""
+    return Steered(PolicyPlayer(policy), Codec(ablation=ablation))
 
 
 def save_controller(
@@ -58,12 +66,14 @@ def save_controller(
     policy: RecurrentPolicy,
     policy_kwargs: dict[str, Any],
     card: dict[str, Any],
+    ablation: Ablation = "none",
 ) -> None:
     """Write a controller file: no optimiser, no environment, nothing to run."""
     tree = {
         "policy": dict(policy.state_dict()),
         "policy_kwargs": policy_kwargs,
         "features": list(FEATURES),
+        "ablation": ablation,
     }
     checkpoint.save(path, tree, {"kind": "controller", **card})
 
@@ -98,7 +108,7 @@ def load_controller(path: str | os.PathLike[str] = SHIPPED) -> Steered:
             f"{path} is no controller of this version ({reason}): make it anew with "
             "`rlrnn tune`"
         ) from None
-    return learned(policy)
+    return learned(policy, tree.get("ablation", "none"))
 
 
 def controller_card(path: str | os.PathLike[str] = SHIPPED) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from rlrnn import seeding
-from rlrnn.control import ACTIONS, FEATURES, Codec, Knobs, Signals
+from rlrnn.control import ACTIONS, FEATURES, Ablation, Codec, Knobs, Signals
 from rlrnn.tasks import Task, Tasks, build_trainer
 
 LOSS_FLOOR = 1e-3  # nats: below it a run is solved, and its logarithm is noise
@@ -43,6 +43,7 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         task_seed: environments with the same one play the same tasks in the same
             order, whatever they are seeded with; None: drawn from the reset's seed.
         device: of the training.
+        ablation: what is taken from the agent (`rlrnn.control.Ablation`).
     """
 
     metadata = {"render_modes": []}
@@ -52,11 +53,12 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         tasks: Tasks | Task | None = None,
         task_seed: int | None = None,
         device: str = "cpu",
+        ablation: Ablation = "none",
     ) -> None:
         self.tasks = Tasks() if tasks is None else tasks
         self.task_seed = task_seed
         self.device = device
-        self.codec = Codec()
+        self.codec = Codec(ablation=ablation)
         self.observation_space = spaces.Box(-5.0, 5.0, (len(FEATURES),), np.float32)
         self.action_space = spaces.MultiDiscrete(list(ACTIONS))
         self.episode_index = -1
@@ -77,7 +79,7 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
                 rng = np.random.default_rng(seeding.derive(*words))
             self.task = self.tasks.draw(rng)
         self.trainer = build_trainer(self.task, self.device)
-        self.signals = self.trainer.start(range_test=True)
+        self.signals = self.trainer.start(self.codec.range_test)
         self.reward_sum = 0.0
         observation, self.codec_state = self.codec.observe(
             self.signals, self.codec.init(1)

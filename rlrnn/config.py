@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from rlrnn.checks import at_least, one_of
+from rlrnn.control import Ablation
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.recurrent import Cell
@@ -231,6 +232,10 @@ class TuneConfig:
         envs: runs that are played side by side, each in a process of its own.
         group: neighbours that play the same task, and are compared with each other.
         eval_tasks: fresh tasks on which controller and prior are compared at the end.
+        ablation: none, or what the agent does without, to see what that is worth:
+            open_loop (all but the share of the budget that is spent), rate_only and
+            truncation_only (the other knob's moves), no_bias_features (signals of the
+            gradient that truncation cuts off), no_prior (range test and schedule).
         agent: the agent; a rollout is agent.n_steps decisions.
         seed: of everything random.
         device: of the agent and the training runs: auto, cpu or cuda.
@@ -244,6 +249,7 @@ class TuneConfig:
     envs: int = 16
     group: int = 8
     eval_tasks: int = 24
+    ablation: Ablation = "none"
     agent: AgentConfig = field(
         default_factory=lambda: AgentConfig(
             hidden_size=32,
@@ -270,6 +276,7 @@ class TuneConfig:
         at_least("tasks.decisions", self.tasks.decisions, 6)
         _check_common(self)
         at_least("eval_tasks", self.eval_tasks, 0)
+        one_of("ablation", self.ablation, Ablation)
         if self.group < 2 or self.envs % self.group:
             raise ValueError(
                 f"group is {self.group}, expected at least 2 and a divisor of the "

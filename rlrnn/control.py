@@ -13,7 +13,7 @@ tuning environment and a run of `fit` are one thing.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +78,9 @@ class Signals:
 class Controller(Protocol):
     """Sets the knobs of n training runs. See the module's text."""
 
-    range_test: bool  # whether `Signals.range_lr` is needed
+    @property
+    def range_test(self) -> bool:
+        """Whether `Signals.range_lr` is needed."""
 
     def init(self, n: int) -> State: ...
 
@@ -135,6 +137,30 @@ FEATURES = (
     "no probe",
     "no hidden gradient",
 )
+BIAS_FEATURES = ("log carried gradient", "gradient decay", "no hidden gradient")
+
+# What is taken from a player, to see what it is worth:
+#   open_loop         all signals but the share of the budget that is spent
+#   rate_only         moves of the truncation
+#   truncation_only   moves of the rate
+#   no_bias_features  what tells of the gradient that truncation cuts off
+#   no_prior          range test and schedule: moves are on a constant default rate
+Ablation = Literal[
+    "none",
+    "open_loop",
+    "rate_only",
+    "truncation_only",
+    "no_bias_features",
+    "no_prior",
+]
+
+
+def visible(ablation: Ablation) -> NDArray[np.bool_]:
+    """Which of the features a player sees."""
+    if ablation == "open_loop":
+        return np.array([name == "progress" for name in FEATURES])
+    hidden = BIAS_FEATURES if ablation == "no_bias_features" else ()
+    return np.array([name not in hidden for name in FEATURES])
 
 
 @dataclass(frozen=True)
@@ -150,10 +176,18 @@ class Codec:
 
     With the exponent p a move of K leaves the noise of the updates as it was. Where a
     window is whole sequences, K_prior cuts none, and the rate has nothing to do with K.
+
+    Under an `ablation` features are zero, and moves no-op, that are not the player's.
     """
 
     truncation: int = 16
     warmup: float = 0.05
+    ablation: Ablation = "none"
+
+    @property
+    def range_test(self) -> bool:
+        """Whether the prior needs one."""
+        return self.ablation != "no_prior"
 
     def init(self, n: int) -> State:
         zeros = np.zeros(n)
@@ -209,6 +243,7 @@ class Codec:
         )
         stacked = np.stack(columns, axis=1)
         observation = np.nan_to_num(stacked, nan=0.0).clip(-5, 5).astype(np.float32)
+        observation[:, ~visible(self.ablation)] = 0
         after = {
             **state,
             "train": np.where(np.isnan(train), state["train"], train),
@@ -226,6 +261,7 @@ class Codec:
     ) -> tuple[Knobs, State]:
         """The knobs that `actions` [n, 2] stand for, and the state after them."""
         low, high = TRUNCATION_BOUNDS
+        actions = self._allowed(actions)
         log_lambda = state["log_lambda"] + np.log(LR_FACTORS[actions[:, 0]])
         log2_k = state["log2_k"] + np.log2(TRUNCATION_FACTORS[actions[:, 1]])
         log2_k = log2_k.clip(math.log2(low), math.log2(high))
@@ -235,12 +271,14 @@ class Codec:
         uncut = signals.truncation_max * 2.0 ** (log2_k - math.log2(self.truncation))
         cut = np.where(signals.whole > 0, uncut.clip(low, high), k)
         k = np.where(signals.whole > 0, self.truncation, k)
-        peak = base_lambda(signals) * np.exp(log_lambda) * k ** rate_power(signals)
+        power = rate_power(signals)
+        base = base_lambda(signals) if self.range_test else default_lambda(power)
+        peak = base * np.exp(log_lambda) * k**power
         # Offsets past the bounds of the rate would take as many moves to come back.
         bounded = peak.clip(*LR_BOUNDS)
         log_lambda = log_lambda + np.log(bounded / peak)
-        begin = bounded * warmup_cosine(signals.progress, self.warmup)
-        end = bounded * warmup_cosine(signals.next_progress, self.warmup)
+        begin = bounded * self._shape(signals.progress)
+        end = bounded * self._shape(signals.next_progress)
         moved = actions / (np.array(ACTIONS) - 1) * 2 - 1
         after = {
             **state,
@@ -249,6 +287,19 @@ class Codec:
             "previous": moved,
         }
         return make_knobs(begin, end, cut), after
+
+    def _shape(self, progress: Array) -> Array:
+        if self.ablation == "no_prior":
+            return np.ones_like(progress)
+        return warmup_cosine(progress, self.warmup)
+
+    def _allowed(self, actions: NDArray[np.int64]) -> NDArray[np.int64]:
+        taken = {"rate_only": 1, "truncation_only": 0}.get(self.ablation)
+        if taken is None:
+            return actions
+        allowed = actions.copy()
+        allowed[:, taken] = NO_OP[taken]
+        return allowed
 
 
 def rate_power(signals: Signals) -> Array:
@@ -297,7 +348,10 @@ class Steered:
 
     player: Player
     codec: Codec = Codec()
-    range_test = True
+
+    @property
+    def range_test(self) -> bool:
+        return self.codec.range_test
 
     def init(self, n: int) -> State:
         return {"codec": self.codec.init(n), "player": self.player.init(n)}

@@ -645,7 +645,7 @@ def _tuning_envs(config: TuneConfig, processes: bool) -> VecEnv:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             torch.set_num_threads(config.threads)
             group = seeding.derive(config.seed, "tasks", rank // config.group)
-            return TuningEnv(config.tasks, group, config.device)
+            return TuningEnv(config.tasks, group, config.device, config.ablation)
 
         return env
 
@@ -779,7 +779,7 @@ def _tune(
     _learn(run, agent, steps, keeper, [log], progress)
     seconds = earlier + time.monotonic() - began
     scores = compare_with_prior(
-        learned(agent.policy),
+        learned(agent.policy, config.ablation),
         config.tasks,
         config.eval_tasks,
         config.seed,
@@ -799,7 +799,7 @@ def _tune(
     }
     path = run.folder / "controller.zip"
     kwargs = {**agent.policy_kwargs, "seed": config.seed}
-    save_controller(path, agent.policy, kwargs, card)
+    save_controller(path, agent.policy, kwargs, card, config.ablation)
     run.artifact(path, f"controller-{run.folder.name}", "model")
     plot = plots.plot_tuning(read_metrics(run.folder), run.folder / "tuning.png")
     run.image("tuning", plot)

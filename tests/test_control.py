@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from rlrnn.control import (
     NO_OP,
     TRUNCATION_BOUNDS,
     TRUNCATION_FACTORS,
+    Ablation,
     Codec,
     Controller,
     Knobs,
@@ -36,6 +37,7 @@ from rlrnn.control import (
     Steered,
     default_lambda,
     prior,
+    visible,
     warmup_cosine,
 )
 
@@ -468,6 +470,54 @@ def test_the_rate_stays_inside_its_bounds_and_comes_back_at_once(
         assert knobs.lr == pytest.approx(bound)
         knobs, state = act((back, 1), told, state)
         assert knobs.lr == pytest.approx(bound * LR_FACTORS[back])
+
+
+# --- codec: ablations ----------------------------------------------------------------
+
+
+def test_ablations_hide_what_they_say() -> None:
+    shown = {name: visible(name).sum() for name in get_args(Ablation)}
+    whole = len(FEATURES)
+    assert shown["open_loop"] == 1 and shown["no_bias_features"] == whole - 3
+    assert {n for name, n in shown.items() if "only" in name} == {whole}
+    for name in get_args(Ablation):
+        codec = Codec(ablation=name)
+        for told in story(3):
+            full, _ = Codec().observe(told, Codec().init(3))
+            seen, _ = codec.observe(told, codec.init(3))
+            assert np.array_equal(seen, full * visible(name))
+
+
+def test_an_open_loop_does_not_see_how_the_run_goes() -> None:
+    codec = Codec(ablation="open_loop")
+    a, b = signals(progress=0.3), signals(1, progress=0.3, train_loss=9.0, recovered=1)
+    one, two = (codec.observe(told, codec.init(1))[0] for told in (a, b))
+    assert np.array_equal(one, two)
+    assert one[0, column("progress")] == pytest.approx(4 * 0.3 - 2)
+
+
+@pytest.mark.parametrize("name", ["rate_only", "truncation_only"])
+def test_one_knob_alone(name: Ablation) -> None:
+    codec, told = Codec(ablation=name), signals()
+    for action in ((6, 2), (0, 0), (3, 2)):
+        mine = action[0], NO_OP[1]
+        if name == "truncation_only":
+            mine = NO_OP[0], action[1]
+        knobs, state = act(action, told, codec.init(1), codec)
+        expected, after = act(mine, told, Codec().init(1))
+        assert same(knobs, expected) and same(state, after)
+
+
+def test_without_a_prior_no_op_is_a_constant_default() -> None:
+    controller = Steered(NoOp(), Codec(ablation="no_prior"))
+    assert prior().range_test and not controller.range_test
+    for adaptive, power in ((1.0, 0.5), (0.0, 1.0)):
+        rate = float(default_lambda(np.array(power))) * 16**power
+        for knobs in played(controller, adaptive=adaptive, range_lr=np.nan):
+            assert knobs.lr == knobs.lr_end == pytest.approx(rate)
+            assert knobs.truncation == 16
+    moved, _ = act((4, 1), signals(), controller.codec.init(1), controller.codec)
+    assert moved.lr == pytest.approx(1.3 * float(default_lambda(np.array(0.5))) * 4)
 
 
 # --- codec: observations ------------------------------------------------------------
