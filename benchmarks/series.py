@@ -6,15 +6,16 @@
 naive: the last season again (`data.series.season`; with 1 the last value). linear:
 ridge regression of the horizon on a window's inputs, what DLinear's class of models can
 say; its penalty is chosen on the validation part. boosting: scikit-learn's histogram
-gradient boosting of the same inputs, a model for each time of the horizon; leaves, rate
-and the number of trees are chosen on the validation part.
+gradient boosting of the same lags, a model for each time of the horizon; leaves, rate
+and the number of trees are chosen on the validation part. Further options are those of
+`rlrnn fit`.
 
 Each is a `model` whose forecast is made at the last step of a window, from all of its
 steps, so that `rlrnn.evaluation.score` judges it.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rlrnn.cli import load_config
+from rlrnn.cli import parse
 from rlrnn.data.chunks import Problem
 from rlrnn.data.windows import Windows
 from rlrnn.evaluation import score
@@ -100,32 +101,69 @@ def linear(windows: Windows, penalty: float) -> AtOnce:
     return AtOnce(windows, lambda values, other: columns(values, other) @ weights)
 
 
+def known_at(windows: Windows, values: Tensor, other: Tensor, time: int) -> Any:
+    """What tells of the horizon's value number `time`, [W, ...]: the lookback, the last
+    covariates, those of that time that are known in advance, and the static ones."""
+    panel, patch = windows.panel, windows.shape.patch
+    past, future = panel.past.shape[1], panel.future.shape[1]
+    sizes = [patch * panel.missing.shape[1], patch * past, patch * future]
+    sizes += [windows.shape.horizon * future, panel.static.shape[1]]
+    borders = np.cumsum(sizes)[:-1].tolist()
+    _, before, _, ahead, static = other.tensor_split(borders, 1)
+    then = ahead[:, time * future : (time + 1) * future]
+    now = before[:, len(before[0]) - past :]
+    return torch.cat((values.flatten(1), now, then, static), 1).numpy()
+
+
 def boosting(
-    windows: Windows, valid: Windows, leaves: int, rate: float, most: int = 400
-) -> AtOnce:
+    windows: Windows, leaves: int, rate: float, times: Sequence[int], trees: int = 300
+) -> dict[int, Any]:
+    """A model for each of these times of the horizon."""
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     values, other, y = training_set(windows)
-    late_values, late_other, late_y = training_set(valid)
-    x = np.concatenate((values.flatten(1), other), axis=1)
-    late = np.concatenate((late_values.flatten(1), late_other), axis=1)
-    models = []
-    for column in range(y.shape[1]):
+    made = {}
+    for time in times:
         model = HistGradientBoostingRegressor(
             learning_rate=rate,
             max_leaf_nodes=leaves,
-            max_iter=most,
-            early_stopping=True,
-            n_iter_no_change=20,
+            max_iter=trees,
+            early_stopping=False,
             random_state=0,
         )
-        model.fit(x, y[:, column], X_val=late, y_val=late_y[:, column])
-        models.append(model)
+        made[time] = model.fit(known_at(windows, values, other, time), y[:, time])
+    return made
+
+
+def boosted(windows: Windows, valid: Windows) -> AtOnce:
+    """Leaves, rate and trees are those with the lowest squared error of three times of
+    the horizon on the validation part."""
+    values, other, y = training_set(valid)
+    last = windows.shape.horizon - 1
+    found = []
+    for leaves, rate in ((15, 0.1), (31, 0.1), (31, 0.05), (63, 0.05)):
+        errors = np.zeros(300)
+        for time, model in boosting(
+            windows, leaves, rate, (0, last // 2, last)
+        ).items():
+            staged = model.staged_predict(known_at(valid, values, other, time))
+            errors += [((made - y[:, time].numpy()) ** 2).mean() for made in staged]
+        trees = int(errors.argmin()) + 1
+        found.append((errors.min() / 3, leaves, rate, trees))
+        print(
+            f"  boosting, {leaves} leaves, rate {rate}, {trees} trees: valid mse "
+            f"{errors.min() / 3:.4g}",
+            flush=True,
+        )
+    _, leaves, rate, trees = min(found)
+    models = boosting(windows, leaves, rate, range(last + 1), trees)
 
     def forecast(values: Tensor, other: Tensor) -> Tensor:
-        features = np.concatenate((values.flatten(1), other), axis=1)
-        made = np.stack([model.predict(features) for model in models], axis=1)
-        return torch.from_numpy(made).float()
+        made = [
+            model.predict(known_at(windows, values, other, time))
+            for time, model in models.items()
+        ]
+        return torch.from_numpy(np.stack(made, axis=1)).float()
 
     return AtOnce(windows, forecast)
 
@@ -151,9 +189,9 @@ def main() -> None:
     parser.add_argument("name", help="of a config")
     parser.add_argument("--boosting", action="store_true")
     parser.add_argument("--measure", default="mse", help="that options are chosen by")
-    options = parser.parse_args()
+    options, more = parser.parse_known_args()
     torch.set_num_threads(1)
-    config = load_config("fit", options.name)
+    config, _ = parse("fit", ["--config", options.name, *more])
     problem = build_problem(fit_task(config))
     # point forecasts, whatever the config's loss is
     assert isinstance(problem.objective, Numbers)
@@ -165,18 +203,13 @@ def main() -> None:
     name, model = best(ridges, problem, options.measure)
     models[name] = model
     if options.boosting:
-        trees = {
-            f"boosting, {leaves} leaves, rate {rate:g}": boosting(
-                train, valid, leaves, rate
-            )
-            for leaves, rate in ((15, 0.1), (31, 0.1), (31, 0.05), (63, 0.05))
-        }
-        name, model = best(trees, problem, options.measure)
-        models[name] = model
+        assert train.panel.values.shape[1] == 1, "boosting is for one variable"
+        models["boosting"] = boosted(train, valid)
     for name, model in models.items():
-        figures = judged(model, problem, "test")
-        shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        print(f"| {options.name} | {name} | {shown} |", flush=True)
+        for split in ("valid", "test"):
+            figures = judged(model, problem, split)
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            print(f"| {options.name} | {name} | {split} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":
