@@ -33,6 +33,7 @@ import rlrnn  # noqa: F401  registers the ids
 from rlrnn.cli import load_config
 from rlrnn.config import TrainConfig
 from rlrnn.flows import make_agent, make_envs
+from rlrnn.statistics import bootstrap_interval, interquartile_mean
 
 
 @dataclass(frozen=True)
@@ -139,21 +140,6 @@ def evaluate(model: Any, env: VecEnv) -> list[float]:
     return [float(r) for r in returns]  # type: ignore[union-attr]
 
 
-def iqm(values: list[float]) -> float:
-    """The mean of the middle half (Agarwal et al. 2021)."""
-    ordered = np.sort(values)
-    cut = len(ordered) // 4
-    return float(ordered[cut : len(ordered) - cut].mean())
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 %, by bootstrap over the seeds."""
-    draw = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
-    means = [iqm(list(np.asarray(values)[row])) for row in draw]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
-
-
 def reached(run: dict[str, Any], threshold: float) -> tuple[int, float] | None:
     """Steps and seconds until the training return was there."""
     for steps, mean, seconds in run["curve"]:
@@ -170,7 +156,8 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     ]
     for (name, agent), some in runs.items():
         finals = [run["return"] for run in some]
-        low, high = interval(finals)
+        scores = np.array(finals)[:, None]
+        low, high = bootstrap_interval(scores)
         hits = [reached(run, TASKS[name].threshold) for run in some]
         there = [hit for hit in hits if hit is not None]
         steps = seconds = "-"
@@ -182,8 +169,8 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         speed = np.median([run["steps"] / run["seconds"] for run in some])
         lines.append(
             f"| {name} (≥ {TASKS[name].threshold:g}) | {agent} | {len(some)} "
-            f"| {some[0]['steps']:,} | {iqm(finals):.4g} [{low:.4g}, {high:.4g}] "
-            f"({min(finals):.4g}) | {steps} | {seconds} | {speed:,.0f} |"
+            f"| {some[0]['steps']:,} | {interquartile_mean(scores):.4g} "
+            f"[{low:.4g}, {high:.4g}] ({min(finals):.4g}) | {steps} | {seconds} | {speed:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -208,8 +208,8 @@ def asha(
     needed = sum(step * eta**i for i, step in enumerate(steps[::-1]))
     if max_cost < needed:
         raise ValueError(
-            f"max_cost is {max_cost:g} budgets, expected at least {needed:.3g}: so much "
-            "does halving down to one run cost"
+            f"max_cost is {max_cost:g} budgets, expected at least {needed:.3g}: so "
+            "much does halving down to one run cost"
         )
     runs: list[Run] = []
     reached: list[dict[int, float]] = [{} for _ in rungs]  # probe losses by run
