@@ -303,7 +303,7 @@ class Ledger:
             truncation=truncation,
             lr=lr,
             train_loss=self._positive(mean),
-            loss_noise=max(noise / abs(mean), 1e-6),
+            loss_noise=max(noise / max(abs(mean), 1e-12), 1e-6),
             grad_norm=float(np.exp(_mean(np.log(norms.clip(1e-12))))),
             clip_fraction=_mean(norms > self.config.clip),
             **measured.watched,

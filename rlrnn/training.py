@@ -143,7 +143,9 @@ class Trainer(Ledger):
 
     @torch.no_grad()
     def _read_on(self, chunk: Chunk) -> None:
-        """Nothing to learn: only the state goes on."""
+        """Nothing to learn: only the state of a stream goes on."""
+        if self.source.whole:
+            return
         _, self.hidden = self.model(chunk.x, self.hidden, chunk.starts)
 
     def _set_lr(self, lr: float) -> None:
@@ -348,6 +350,7 @@ class Trainer(Ledger):
             copy.deepcopy(self.optimizer.state_dict()),
             self.hidden.detach().clone(),
             [p.clone() for p in self.averaged],
+            self.updates,
         )
 
     def _restore(self, snapshot: "_Snapshot") -> None:
@@ -355,6 +358,7 @@ class Trainer(Ledger):
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.hidden = snapshot.hidden
         self.averaged = snapshot.averaged
+        self.updates = snapshot.updates
 
     # --- range test -----------------------------------------------------------------
 
@@ -377,7 +381,6 @@ class Trainer(Ledger):
             self._update(steps)
             losses.append(loss / chunk.due)
         self._restore(snapshot)
-        self.updates = 0
         return rates, torch.stack(losses).double().cpu().numpy(), truncation
 
     # --- resuming -------------------------------------------------------------------
@@ -414,6 +417,7 @@ class _Snapshot:
     optimizer: dict[str, Any]
     hidden: Tensor
     averaged: list[Tensor]
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -451,7 +455,7 @@ def fading(
     tiny = torch.finfo(loss.dtype).tiny
     far, near = far + tiny, near + tiny
     # Per-step quantities: the loss is a mean over the window's steps.
-    carried_grad = far * carried * steps / loss.abs()
+    carried_grad = far * carried * steps / (loss.abs() + tiny)
     return {
         "carried_grad": carried_grad.clamp(1e-6, 1e6),
         "grad_decay": (near.log() - far.log()) / (steps // 2),
