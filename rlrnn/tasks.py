@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 
 from rlrnn import seeding
 from rlrnn.checks import at_least, one_of
@@ -142,8 +143,9 @@ class Task:
     seed: int = 0
 
 
-def build_problem(task: Task) -> Problem:
-    """The task's data, on the CPU. Raises DataError if a file cannot be used."""
+def build_problem(task: Task, device: torch.device | None = None) -> Problem:
+    """The task's data, on the CPU; what is computed from them, on `device`. Raises
+    DataError if a file cannot be used."""
     data = task.data
     if data.kind == "text":
         return text_problem(_texts(data), data.batch, data.text)
@@ -164,7 +166,7 @@ def build_problem(task: Task) -> Problem:
         case "series":
             return series_problem(*common, data.series)
         case "speech":
-            return speech_problem(*common, data.speech)
+            return speech_problem(*common, data.speech, device)
         case "music":
             return music_problem(*common, data.music)
         case "pixels":
@@ -191,11 +193,12 @@ def build_trainer(
     task: Task,
     device: str = "cpu",
     prepare: Callable[[SequenceModel, Problem], None] = lambda model, problem: None,
+    problem: Problem | None = None,
 ) -> Trainer:
     """A trainer that has not started, with everything on `device`. `prepare` sees the
-    fresh model before."""
+    fresh model before; `problem` is the task's own, where it has been built already."""
     place = resolve_device(device)
-    problem = build_problem(task).to(place)
+    problem = (problem or build_problem(task, place)).to(place)
     network = build_model(problem, task.model, task.seed)
     prepare(network, problem)
     seed = seeding.derive(task.seed, "dropout")

@@ -179,6 +179,7 @@ class Batches:
         ctc: bool = False,
     ) -> None:
         assert len(sequences) == len(targets) > 0
+        batch = min(batch, len(sequences))
         goals = [np.asarray(target) for target in targets]
         self.batch, self.seed, self.ctc = batch, seed, ctc
         self.one = goals[0].ndim == 0  # target for a whole sequence

@@ -84,7 +84,7 @@ def copy_problem(
     )
 
 
-class Sums:
+class Additions:
     """Whole sequences of the adding problem, made anew for each window."""
 
     whole = True
@@ -101,8 +101,8 @@ class Sums:
         self.count = count  # of batches in a pass
         self.length = count * steps
 
-    def to(self, device: torch.device) -> "Sums":
-        return Sums(self.seed, self.steps, self.batch, self.count, device)
+    def to(self, device: torch.device) -> "Additions":
+        return Additions(self.seed, self.steps, self.batch, self.count, device)
 
     def fingerprint(self) -> int:
         return self.seed
@@ -140,9 +140,9 @@ def adding_problem(seed: int, size: int, batch: int, steps: int) -> Problem:
     steps each.
     """
 
-    def part(name: str, batch: int, size: int) -> Sums:
+    def part(name: str, batch: int, size: int) -> Additions:
         count = max(1, size // (steps * batch))
-        return Sums(seeding.derive(seed, name), steps, batch, count)
+        return Additions(seeding.derive(seed, name), steps, batch, count)
 
     return Problem(
         inputs=Features(2),
