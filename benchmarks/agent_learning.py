@@ -170,7 +170,8 @@ def table(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
         lines.append(
             f"| {name} (≥ {TASKS[name].threshold:g}) | {agent} | {len(some)} "
             f"| {some[0]['steps']:,} | {interquartile_mean(scores):.4g} "
-            f"[{low:.4g}, {high:.4g}] ({min(finals):.4g}) | {steps} | {seconds} | {speed:,.0f} |"
+            f"[{low:.4g}, {high:.4g}] ({min(finals):.4g}) | {steps} | {seconds} "
+            f"| {speed:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -74,25 +74,29 @@ def improvement_interval(
 
 def normalised(
     losses: Float[np.ndarray, "R T"],
-    default: Float[np.ndarray, "T"],
-    best: Float[np.ndarray, "T"],
+    default: Float[np.ndarray, "R T"],
+    best: Float[np.ndarray, "R T"],
 ) -> Float[np.ndarray, "R T"]:
-    """Scores of losses: 0 is the default's, 1 the best's. Raises ValueError where the
-    default is no worse than the best."""
-    if not (default > best).all():
-        worst = int(np.argmin(default - best))
+    """Scores of losses: 0 is the default's, 1 the best's on average. Each run is
+    compared with the default's of the same seed, in units of the mean distance on its
+    task between default and best.
+
+    Raises ValueError for a task in which the default is no worse than the best.
+    """
+    room = (default - best).mean(0)
+    if not (room > 0).all():
         raise ValueError(
-            f"task {worst}: the default's loss is {default[worst]:.4g} and the best's "
-            f"{best[worst]:.4g}, expected a higher one; such a task measures nothing"
+            f"task {int(np.argmin(room))}: the default is {-room.min():.4g} below "
+            "the best, expected above it; such a task measures nothing: leave it out"
         )
-    scores: Array = (default - losses) / (default - best)
+    scores: Array = (default - losses) / room
     return scores
 
 
 def regret(
-    losses: Float[np.ndarray, "R T"], best: Float[np.ndarray, "T"]
+    losses: Float[np.ndarray, "R T"], best: Float[np.ndarray, "R T"]
 ) -> Float[np.ndarray, "R T"]:
-    """How far losses lie above the best, as a share of it."""
+    """How far losses lie above the best of the same seed, as a share of it."""
     above: Array = losses / best - 1
     return above
 

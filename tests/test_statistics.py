@@ -90,14 +90,20 @@ def test_probability_of_improvement_counts_pairs() -> None:
 
 
 def test_scores_and_regret() -> None:
-    default, best = np.array([3.0, 2.0]), np.array([1.0, 1.5])
-    losses = np.array([[3.0, 1.5], [2.0, 1.25]])
-    scores = normalised(losses, default, best)
-    assert scores.tolist() == [[0, 1], [0.5, 1.5]]
-    above = np.array([[2, 0], [1, -1 / 6]])
-    assert np.allclose(regret(losses, best), above)
-    with pytest.raises(ValueError, match="^task 1: the default's loss is 1.5 and "):
-        normalised(losses, np.array([3.0, 1.5]), best)
+    default = np.array([[3.0, 2.0], [5.0, 2.5]])
+    best = np.array([[1.0, 1.5], [2.0, 1.5]])
+    assert not normalised(default, default, best).any()
+    assert np.allclose(normalised(best, default, best).mean(0), 1)
+    half = (default + best) / 2
+    assert np.allclose(normalised(half, default, best).mean(0), 0.5)
+    # what all runs of a seed have in common does not matter
+    level = np.array([[7.0], [-1.0]])
+    shifted = normalised(half + level, default + level, best + level)
+    assert np.allclose(shifted, normalised(half, default, best))
+    above = np.array([[2, 1 / 3], [1.5, 2 / 3]])
+    assert np.allclose(regret(default, best), above)
+    with pytest.raises(ValueError, match="^task 1: the default is 0.75 below the best"):
+        normalised(half, np.array([[3.0, 0.75], [5.0, 0.75]]), best)
 
 
 def test_expected_best_is_the_mean_over_all_searches() -> None:
