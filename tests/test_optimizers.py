@@ -176,10 +176,11 @@ def test_the_decay_probe_changes_no_update_and_is_charged() -> None:
     spans = [t.plan(knobs()).spans for t in (with_it, without)]
     one, two = with_it.step(knobs()), without.step(knobs())
     assert spans[0] == spans[1]
-    assert torch.equal(vector(with_it.parameters), vector(without.parameters))
+    torch.testing.assert_close(vector(with_it.parameters), vector(without.parameters))
     again = (1 - FORWARD_COST) * spans[0][-1] * with_it.batch
     assert with_it.spent - without.spent == pytest.approx(again)
-    assert one.carried_grad == two.carried_grad and one.grad_decay != two.grad_decay
+    assert one.carried_grad == pytest.approx(two.carried_grad, rel=1e-3)
+    assert one.grad_decay != pytest.approx(two.grad_decay, rel=0.1)
 
 
 def test_the_decay_probe_sees_the_decay_of_a_linear_recurrence() -> None:
