@@ -484,11 +484,14 @@ def test_a_forecast_is_the_one_of_the_test_part(tmp_path: Path, channels: str) -
     problem = problem_of(path, options)
     model = model_of(problem)
     # the file without its last horizon: its forecast is that of the last test window
-    pd.read_csv(path)[:-4].to_csv(tmp_path / "t2.csv", index=False)
-    (tmp_path / "new").mkdir()
-    (tmp_path / "t2.csv").rename(tmp_path / "new" / "t.csv")
-    result = forecast(model, problem.format, tmp_path / "new" / "t.csv", [0.1, 0.5])
+    pd.read_csv(path)[:-4].to_csv(tmp_path / "new.csv", index=False)
+    result = forecast(model, problem.format, tmp_path / "new.csv", [0.1, 0.5])
+    assert result.names == ["new"]
     assert result.values.shape == (1, 4, 3) and result.quantiles.shape == (1, 4, 3, 2)
+    renamed = pd.read_csv(path).rename(columns={"v1": "speed"})
+    renamed.to_csv(tmp_path / "bad.csv", index=False)
+    with pytest.raises(DataError, match="no column v1 .data.series.targets.; did you"):
+        forecast(model, problem.format, tmp_path / "bad.csv")
     source = windows(problem.test)
     chunk = source.window(0, source.length)
     with evaluating(model):

@@ -199,15 +199,19 @@ def forecast(
 ) -> Forecast:
     """What follows each series of a file, which has the columns of the training file.
 
-    Rows after the last target give the future covariates; a series that training did
-    not see is scaled by its own values. `levels`: of the quantiles; without any, those
+    Rows after the last target give the future covariates. A series that training did
+    not see is scaled by its own values; one wide file is taken for that of training,
+    whatever its name. `levels`: of the quantiles; without any, those
     that a loss with intervals was trained with.
 
     Raises DataError, in one line, for a file that does not fit, a series shorter than
     the lookback, or future covariates that are missing; ValueError for levels that the
     model does not give.
     """
-    series, _ = read_series(path, schema_of(format))
+    series, schema = read_series(path, schema_of(format))
+    names = [one.name for one in series]
+    if schema.form == "wide" and len(series) == len(format["names"]) == 1:
+        series = [replace(series[0], name=format["names"][0])]
     lookback, horizon = format["lookback"], format["horizon"]
     ready, ends = [], []
     for one in series:
@@ -243,7 +247,6 @@ def forecast(
     times = [
         one.following(end - 1, horizon) for one, end in zip(series, ends, strict=True)
     ]
-    names = [one.name for one in series]
     return Forecast(names, targets, times, points, list(levels), quantiles)
 
 
