@@ -1,4 +1,4 @@
-"""Schedule-Free and Prodigy inside the trainer: the packages' own loops, and resuming."""
+"""Schedule-Free and Prodigy in the trainer: the packages' own loops, and resuming."""
 
 import copy
 import math
