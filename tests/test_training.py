@@ -15,24 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rlrnn.training
 from rlrnn import checkpoint
 from rlrnn.control import Knobs, Signals, Steered, prior
 from rlrnn.data.chunks import Chunk, Problem, Streams
-from rlrnn.models import SequenceModel
-from rlrnn.recurrent import Cell
-from rlrnn.tasks import DataConfig, Kind, ModelConfig, Task, build_trainer
-from rlrnn.training import (
-    FORWARD_COST,
-    GIVE_UP,
-    RANGE_SHARE,
-    Optimizer,
-    Trainer,
-    TrainingConfig,
-    masked_loss,
-    mean_loss,
-    suggest_lambda,
-)
+from rlrnn.evaluation import mean_loss
+from rlrnn.ledger import FORWARD_COST, GIVE_UP, TrainingConfig
+from rlrnn.models import ModelConfig, SequenceModel
+from rlrnn.objectives import Classes
+from rlrnn.optimizers import Optimizer
+from rlrnn.rangetest import RANGE_SHARE, suggest_lambda
+from rlrnn.recurrent import Cell, Recurrent
+from rlrnn.tasks import DataConfig, Kind, Task, build_trainer
+from rlrnn.training import Trainer, _Seen
 
 OPTIMIZERS: list[Optimizer] = ["sgd", "momentum", "adam", "adamw"]
 BATCH, SYMBOLS, LENGTH = 3, 4, 16  # of copy's sequences: 4 + 7 + 1 + 4
@@ -60,7 +54,7 @@ def task(
     return Task(
         DataConfig(kind, batch=batch, size=size, symbols=SYMBOLS, memory=7),
         ModelConfig(cell, 5, layers, 4),
-        TrainingConfig(budget, optimizer, **{"decisions": 6, **training}),
+        TrainingConfig(budget, optimizer=optimizer, **{"decisions": 6, **training}),
         seed,
     )
 
@@ -71,6 +65,21 @@ def trainer(*args: Any, double: bool = False, **kwargs: Any) -> Trainer:
     if not double:
         return built
     return Trainer(built.model.double(), built.problem, built.config)
+
+
+def train_streams(t: Trainer) -> Streams:
+    assert isinstance(t.problem.train, Streams)
+    return t.problem.train
+
+
+def embedding(t: Trainer) -> Tensor:
+    assert isinstance(t.model.encoder, nn.Embedding)
+    return t.model.encoder.weight
+
+
+def window(t: Trainer, steps: int, watched: bool = False) -> None:
+    """One window of the data: a gradient and an update."""
+    t._train(t.next_chunk(steps), steps, _Seen(), watched)
 
 
 def knobs(lr: float, truncation: int = 8, lr_end: float | None = None) -> Knobs:
@@ -105,7 +114,7 @@ def full_gradient(t: Trainer, chunk: Chunk) -> list[Tensor]:
     if chunk.mask is None:
         mean = losses.mean()
     else:
-        mean = losses[chunk.mask].sum() / chunk.y.numel() / t.problem.train.density
+        mean = losses[chunk.mask].sum() / chunk.y.numel() / train_streams(t).density
     return list(torch.autograd.grad(mean, t.parameters))
 
 
@@ -118,8 +127,7 @@ def test_truncation_over_a_whole_stream_is_full_backpropagation(
         t = trainer(kind, cell, "sgd", layers=2, size=600, clip=1e9, double=True)
         length = t.problem.train.length
         expected = full_gradient(t, t.problem.train.window(0, length))
-        chunk = t._next_chunk(length)
-        (t._watched_window if watched else t._window)(chunk)
+        window(t, length, watched)
         for p, gradient in zip(t.parameters, expected, strict=True):
             torch.testing.assert_close(p.grad, gradient)
 
@@ -153,9 +161,9 @@ def test_a_short_truncation_sends_no_gradient_to_earlier_inputs(
     def moved(truncation: int) -> Tensor:
         t = trainer("copy", "lstm", "sgd", double=True)
         t.start()
-        before = t.model.encoder.weight.detach().clone()
+        before = embedding(t).detach().clone()
         t.step(knobs(0.1, truncation))
-        return (t.model.encoder.weight != before).any(1)
+        return (embedding(t) != before).any(1)
 
     assert moved(LENGTH).all()
     # 0 is the blank of the answer's steps; words begin at 2
@@ -184,7 +192,7 @@ def test_windows_carry_the_state(kind: Kind, cell: Cell) -> None:
 
 def test_masked_losses_of_windows_sum_to_the_total() -> None:
     t = trainer("copy", double=True)
-    train = t.problem.train
+    train, objective = train_streams(t), t.problem.objective
     assert train.mask is not None
     state = t.model.initial_state(BATCH)
     with torch.no_grad():
@@ -195,23 +203,26 @@ def test_masked_losses_of_windows_sum_to_the_total() -> None:
         windows = []
         for begin in range(0, train.length, steps):
             chunk = train.window(begin, min(steps, train.length - begin))
-            part = masked_loss(
-                logits[begin : begin + steps], chunk, float(train.density)
-            )
-            windows.append(float(part) * chunk.y.numel() * train.density)
+            windows.append(float(t._loss(logits[begin : begin + steps], chunk)))
+            # a constant of the data, of which the due ones are a share
+            assert chunk.scale == pytest.approx(chunk.y.numel() * train.density)
+            due = int(chunk.y.numel() if chunk.mask is None else chunk.mask.sum())
+            assert chunk.due * chunk.scale == pytest.approx(due)
+            windows[-1] *= chunk.scale
         assert sum(windows) == pytest.approx(total)
-    whole = mean_loss(t.model, train, train.length)
+    whole = mean_loss(t.model, objective, train, train.length)
     assert float(whole) == pytest.approx(total / int(train.mask.sum()))
 
 
 def test_mean_loss_is_that_of_one_pass() -> None:
     t = trainer("markov", double=True)
-    train = t.problem.train
+    train, objective = train_streams(t), t.problem.objective
     for steps in (1, 255, 256, 257, train.length):  # it reads 256 at a time
         with torch.no_grad():
             logits, _ = t.model(train.x[:steps], t.model.initial_state(BATCH))
         expected = F.cross_entropy(logits.flatten(0, 1), train.y[:steps].flatten())
-        assert float(mean_loss(t.model, train, steps)) == pytest.approx(float(expected))
+        found = mean_loss(t.model, objective, train, steps)
+        assert float(found) == pytest.approx(float(expected))
 
 
 # --- against a plain loop -----------------------------------------------------------
@@ -223,7 +234,8 @@ class Plain(nn.Module):
     def __init__(self, model: SequenceModel, cell: Cell) -> None:
         super().__init__()
         kind = nn.LSTM if cell == "lstm" else nn.GRU
-        self.embedding = nn.Embedding(*model.encoder.weight.shape)
+        assert isinstance(model.encoder, nn.Embedding)
+        self.embedding = nn.Embedding(model.encoder.num_embeddings, 4)
         self.rnn = kind(4, 5)
         self.linear = nn.Linear(5, model.head.out_features)
         self.double()
@@ -272,7 +284,7 @@ def test_updates_are_those_of_a_plain_loop(optimizer: Optimizer, cell: Cell) -> 
         for i in range(windows):
             x, y = (
                 s[begin + i * k : begin + (i + 1) * k]
-                for s in (t.problem.train.x, t.problem.train.y)
+                for s in (train_streams(t).x, train_streams(t).y)
             )
             # the middles of equal parts of a straight line
             theirs.param_groups[0]["lr"] = lr + (lr_end - lr) * (i + 0.5) / windows
@@ -304,8 +316,8 @@ def test_updates_are_those_of_a_plain_loop(optimizer: Optimizer, cell: Cell) -> 
 def test_watching_the_last_window_changes_no_update() -> None:
     a, b = (trainer("copy", double=True) for _ in range(2))
     for _ in range(5):
-        a._window(a._next_chunk(7))
-        b._watched_window(b._next_chunk(7))
+        window(a, 7)
+        window(b, 7, watched=True)
         torch.testing.assert_close(weights(a), weights(b))
         torch.testing.assert_close(a.hidden, b.hidden)
 
@@ -317,8 +329,8 @@ def test_update_ratio_and_gradient_cosine_are_what_they_say() -> None:
     gradients: list[Tensor] = []
     update = t._update
 
-    def noted(state: Tensor) -> Tensor:
-        norm = update(state)
+    def noted(steps: int) -> Tensor:
+        norm = update(steps)
         vector = [p.grad for p in t.parameters if p.grad is not None]
         gradients.append(nn.utils.parameters_to_vector(vector).clone())
         return norm
@@ -338,15 +350,15 @@ def test_gradient_decay_is_that_of_a_linear_recurrence() -> None:
     with torch.no_grad():
         for p in t.parameters:
             p.mul_(1e-4)
-        weight = t.model.core.stack.weight_hh_l0
-        assert isinstance(weight, Tensor)
-        weight.copy_(w * torch.eye(5))
+        core = t.model.cores[0]
+        assert isinstance(core, Recurrent)
+        core.weights(0)[1].copy_(w * torch.eye(5))
     # no sequence begins and the loss is due at the end
     x = torch.zeros(8, BATCH, dtype=torch.int64)
     mask = torch.zeros(8, BATCH, dtype=torch.bool)
     mask[-1] = True
     t.hidden = torch.full_like(t.hidden, 1e-3)
-    _, _, watched = t._watched_window(Chunk(x, x, None, mask))
+    _, watched = t._watched_gradient(Chunk(x, x, None, mask, scale=float(BATCH)))
     assert float(watched["grad_decay"]) == pytest.approx(-math.log(w), rel=1e-3)
 
 
@@ -374,13 +386,13 @@ def test_all_that_is_done_is_charged_and_the_budget_is_met(
     budget = 2000.0 * batch * decisions / 12
     t = trainer(cell="rnn", budget=budget, batch=batch, decisions=decisions)
     done = [0.0]
-    forward = SequenceModel.forward
+    read = SequenceModel.read
 
     def counted(self: Any, x: Tensor, state: Tensor, starts: Any = None) -> Any:
         done[0] += x.numel() * (1 if torch.is_grad_enabled() else FORWARD_COST)
-        return forward(self, x, state, starts)
+        return read(self, x, state, starts)
 
-    monkeypatch.setattr(SequenceModel, "forward", counted)
+    monkeypatch.setattr(SequenceModel, "read", counted)
     signals = played(t, truncation, range_test)
     assert done[0] == pytest.approx(t.spent)
     assert t.spent == pytest.approx(budget, rel=0.01)
@@ -420,7 +432,7 @@ def test_an_interval_holds_four_windows_whatever_is_asked_for() -> None:
         signals = t.step(knobs(1e-3, asked))
         truncation = int(signals.truncation[0])
         assert truncation == min(asked, longest)
-        steps = (t.position - begin) % t.problem.train.length
+        steps = t.position - begin
         assert steps >= 4 * truncation and steps % truncation == 0
         # the longest power of two with room for four, and no longer
         assert longest == 2 ** int(math.log2(longest)) and 4 * longest <= room
@@ -475,7 +487,7 @@ def test_an_interval_in_which_nothing_is_due_only_carries_the_state() -> None:
     train = Streams(x, x, None, mask)
     built = trainer("markov", budget=5000.0)
     p = built.problem
-    problem = Problem(4, 4, train, p.probe, p.valid, p.test)
+    problem = Problem(p.inputs, Classes(SYMBOLS), train, p.probe, p.valid, p.test)
     t = Trainer(built.model, problem, built.config)
     t.start()
     before = weights(t)
@@ -498,12 +510,14 @@ def _loss_becomes(change: Callable[[Tensor], Tensor], window: int) -> Breaker:
     def breaks(t: Trainer, patch: pytest.MonkeyPatch) -> None:
         calls = [0]
 
-        def changed(logits: Tensor, chunk: Chunk, density: float) -> Tensor:
-            loss = masked_loss(logits, chunk, density)
+        whole = t._loss
+
+        def changed(out: Tensor, chunk: Chunk) -> Tensor:
+            loss = whole(out, chunk)
             calls[0] += 1
             return change(loss) if calls[0] == window else loss
 
-        patch.setattr(rlrnn.training, "masked_loss", changed)
+        patch.setattr(t, "_loss", changed)
 
     return breaks
 
@@ -706,7 +720,9 @@ def test_no_global_random_state_is_read_or_written() -> None:
 import random, numpy, torch
 from rlrnn.envs.tuning import TuningEnv
 from rlrnn.control import prior
-from rlrnn.tasks import DataConfig, ModelConfig, Task, TrainingConfig, build_trainer
+from rlrnn.models import ModelConfig
+from rlrnn.tasks import DataConfig, Task, build_trainer
+from rlrnn.ledger import TrainingConfig
 torch.set_num_threads(1)
 def states():
     torchs = torch.get_rng_state().tolist()
@@ -807,14 +823,14 @@ def test_an_interval_reads_the_device_once(
 def test_the_count_of_reads_sees_a_read(monkeypatch: pytest.MonkeyPatch) -> None:
     t = trainer()
     t.start()
-    window = t._window
+    gradient = t._gradient
 
-    def peeking(chunk: Chunk) -> tuple[Tensor, Tensor]:
-        loss, norm = window(chunk)
+    def peeking(chunk: Chunk, truncation: int) -> Tensor:
+        loss = gradient(chunk, truncation)
         assert loss > 0
-        return loss, norm
+        return loss
 
-    monkeypatch.setattr(t, "_window", peeking)
+    monkeypatch.setattr(t, "_gradient", peeking)
     assert len(reads_of(t, knobs(1e-3), monkeypatch)) > 4
 
 

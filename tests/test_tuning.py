@@ -16,7 +16,6 @@ from stable_baselines3.common import env_checker
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
 
-import rlrnn.training
 from rlrnn import checkpoint
 from rlrnn.agents.controller import (
     OBSERVATIONS,
@@ -33,8 +32,10 @@ from rlrnn.checkpoint import CheckpointError
 from rlrnn.control import ACTIONS, NO_OP, Controller, Knobs, Signals, State, prior
 from rlrnn.envs.tuning import LOSS_FLOOR, GroupBaseline, TuningEnv, log_loss
 from rlrnn.flows import run_task
-from rlrnn.tasks import DataConfig, ModelConfig, Task, Tasks
-from rlrnn.training import Trainer, TrainingConfig, masked_loss
+from rlrnn.ledger import TrainingConfig
+from rlrnn.models import ModelConfig
+from rlrnn.tasks import DataConfig, Task, Tasks
+from rlrnn.training import Trainer
 
 DECISIONS = 8
 TASK = Task(
@@ -182,10 +183,10 @@ def test_failed_training_terminates(monkeypatch: pytest.MonkeyPatch) -> None:
     env.reset(seed=0)
     before = weights(env.trainer)
 
-    def broken(logits: Tensor, chunk: Any, density: float) -> Tensor:
-        return masked_loss(logits, chunk, density) * math.nan
-
-    monkeypatch.setattr(rlrnn.training, "masked_loss", broken)
+    loss = env.trainer._loss
+    monkeypatch.setattr(
+        env.trainer, "_loss", lambda out, chunk: loss(out, chunk) * math.nan
+    )
     for i in range(3):
         observation, reward, terminated, truncated, info = env.step(np.array(NO_OP))
         assert np.isfinite(observation).all() and reward == 0 and not truncated
