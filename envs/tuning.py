@@ -1,6 +1,7 @@
 """Supervised training as an environment: one episode is one run."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -13,6 +14,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 from rlrnn import seeding
 from rlrnn.control import ACTIONS, FEATURES, Ablation, Codec, Knobs, Signals
 from rlrnn.tasks import Task, Tasks, build_trainer
+from rlrnn.training import Trainer
 
 LOSS_FLOOR = 1e-3  # nats: below it a run is solved, and its logarithm is noise
 
@@ -63,10 +65,16 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.action_space = spaces.MultiDiscrete(list(ACTIONS))
         self.episode_index = -1
         self.task: Task | None = None
+        self.build: Callable[[Task, str], Trainer] = build_trainer
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        self.draw(seed)
+        return self.begin(self.trainer.start(self.codec.range_test))
+
+    def draw(self, seed: int | None = None) -> None:
+        """The first half of `reset`: a task, and a trainer that has not started."""
         super().reset(seed=seed)
         self.episode_index = 0 if seed is not None else self.episode_index + 1
         if isinstance(self.tasks, Task):
@@ -78,9 +86,11 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
                 words = (self.task_seed, "task", self.episode_index)
                 rng = np.random.default_rng(seeding.derive(*words))
             self.task = self.tasks.draw(rng)
-        self.trainer = build_trainer(self.task, self.device)
-        self.signals = self.trainer.start(self.codec.range_test)
-        self.reward_sum = 0.0
+        self.trainer = self.build(self.task, self.device)
+
+    def begin(self, signals: Signals) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """The second half: what the started trainer told."""
+        self.signals, self.reward_sum = signals, 0.0
         observation, self.codec_state = self.codec.observe(
             self.signals, self.codec.init(1)
         )
@@ -91,12 +101,23 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         if self.task is None:
             raise RuntimeError("step before the first reset: call reset()")
+        knobs = self.choose(action)
+        return self.settle(knobs, self.trainer.step(knobs))
+
+    def choose(self, action: NDArray[np.int64]) -> Knobs:
+        """The first half of `step`: the knobs that an action stands for."""
         actions = np.asarray(action)[None]
         knobs, state = self.codec.act(actions, self.signals, self.codec_state)
-        before = log_loss(self.signals)
-        self.signals = self.trainer.step(knobs)
-        reward = before - log_loss(self.signals)
-        observation, self.codec_state = self.codec.observe(self.signals, state)
+        self.codec_state = state
+        return knobs
+
+    def settle(
+        self, knobs: Knobs, signals: Signals
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """The second half: what the trainer told after an interval under `knobs`."""
+        reward = log_loss(self.signals) - log_loss(signals)
+        self.signals = signals
+        observation, self.codec_state = self.codec.observe(signals, self.codec_state)
         self.reward_sum += reward
         terminated = self.trainer.done
         info = self._info(knobs)
@@ -139,7 +160,7 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         self.np_random.bit_generator.state = tree["rng"]
         if tree["started"]:
             self.task = task_from_tree(tree["task"])
-            self.trainer = build_trainer(self.task, self.device)
+            self.trainer = self.build(self.task, self.device)
             self.trainer.load_state_dict(tree["trainer"])
             self.signals = Signals(**tree["signals"])
             self.codec_state = tree["codec"]

@@ -229,7 +229,7 @@ class TuneConfig:
     Args:
         tasks: the distribution of training runs.
         episodes: training runs to play in all.
-        envs: runs that are played side by side, each in a process of its own.
+        envs: runs that are played side by side.
         group: neighbours that play the same task, and are compared with each other.
         eval_tasks: fresh tasks on which controller and prior are compared at the end.
         ablation: none, or what the agent does without, to see what that is worth:
@@ -239,7 +239,7 @@ class TuneConfig:
         agent: the agent; a rollout is agent.n_steps decisions.
         seed: of everything random.
         device: of the agent and the training runs: auto, cpu or cuda.
-        threads: of torch in each process.
+        threads: on the CPU.
         checkpoint_every: updates between two checkpoints.
         run: the run folder and its tracking.
     """

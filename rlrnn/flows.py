@@ -7,12 +7,11 @@ import copy
 import dataclasses
 import difflib
 import math
-import multiprocessing
 import signal
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +26,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 from tqdm.auto import tqdm
 
 from rlrnn import __version__, plots, seeding
@@ -52,12 +51,14 @@ from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneCon
 from rlrnn.control import NO_OP, Controller, Signals, prior
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
+from rlrnn.envs.together import TuningVecEnv
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv, log_loss
 from rlrnn.evaluation import inference_speed, score, tally
 from rlrnn.finished import load_model, same, save_model
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes
+from rlrnn.population import Population
 from rlrnn.tasks import DataConfig, Task, Tasks, build_problem, build_trainer
 from rlrnn.tracking import LoggerMirror, NotARunError, Run, read_metrics
 from rlrnn.training import Trainer
@@ -636,21 +637,15 @@ def _held_out(trainer: Trainer, split: str) -> Summary:
 # --- tune: the agent on the tuning environment ----------------------------------------
 
 
-def _tuning_envs(config: TuneConfig, processes: bool) -> VecEnv:
-    def make(rank: int) -> Callable[[], gymnasium.Env[Any, Any]]:
-        def env() -> gymnasium.Env[Any, Any]:
-            if multiprocessing.parent_process() is not None:
-                # Ctrl-C goes to all processes: the first one saves, then ends these
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            torch.set_num_threads(config.threads)
-            group = seeding.derive(config.seed, "tasks", rank // config.group)
-            return TuningEnv(config.tasks, group, config.device, config.ablation)
-
-        return env
-
-    makers = [make(rank) for rank in range(config.envs)]
-    return SubprocVecEnv(makers) if processes else DummyVecEnv(makers)
+def _tuning_envs(config: TuneConfig) -> TuningVecEnv:
+    groups = (rank // config.group for rank in range(config.envs))
+    seeds = (seeding.derive(config.seed, "tasks", group) for group in groups)
+    return TuningVecEnv(
+        [
+            TuningEnv(config.tasks, seed, config.device, config.ablation)
+            for seed in seeds
+        ]
+    )
 
 
 class _TuningLog(BaseCallback):
@@ -690,14 +685,11 @@ def tune(
     config: TuneConfig,
     resume: str | Path | None = None,
     progress: bool = True,
-    processes: bool = True,
 ) -> Summary:
     """Flow 3: flow 1 on the tuning environment. Writes `controller.zip`, for
     `fit --controller`, and `tuning.png`.
 
-    `processes=False` plays all runs in this process; otherwise a script that calls this
-    needs `if __name__ == "__main__":`, as its processes import it. `resume`, errors: as
-    in `train`.
+    `resume` and errors as in `train`.
     """
     resolve_device(config.device)
     _check_tasks(config.tasks)
@@ -707,21 +699,9 @@ def tune(
             if resume is None
             else _resume(resume, config)
         )
-        with run, _closing(_tuning_envs(config, processes)) as envs:
+        with run:
+            envs = _tuning_envs(config)
             return _tune(config, run, saved, envs, progress, stopped)
-
-
-@contextmanager
-def _closing(envs: VecEnv) -> Iterator[VecEnv]:
-    """`envs`, closed in the end, also when their processes do not listen any more."""
-    try:
-        yield envs
-    finally:
-        try:
-            envs.close()
-        except (OSError, EOFError):  # one is dead, and the rest was not told
-            for process in envs.processes if isinstance(envs, SubprocVecEnv) else ():
-                process.kill()
 
 
 def _check_tasks(tasks: Tasks) -> None:
@@ -831,6 +811,20 @@ def run_task(task: Task, controller: Controller, device: str = "cpu") -> Trainer
     return trainer
 
 
+def run_tasks(
+    tasks: Sequence[Task], controller: Controller, device: str = "cpu"
+) -> list[Trainer]:
+    """The same for many tasks, side by side."""
+    trainers = [build_trainer(task, device) for task in tasks]
+    population, state = Population(trainers), controller.init(len(trainers))
+    signals = population.start(controller.range_test)
+    while not population.done.all():
+        knobs, state = controller(signals, state)
+        signals = population.step(knobs)
+    population.sync()
+    return trainers
+
+
 def compare_with_prior(
     controller: Controller,
     tasks: Tasks,
@@ -843,18 +837,18 @@ def compare_with_prior(
     were drawn for this alone: how much lower on average, and how often lower. Nothing
     once `stopped` says so."""
     rng = np.random.default_rng(seeding.derive(seed, "evaluation tasks"))
-    falls = []
+    falls: list[float] = []
     hide = None if progress else True  # None: not on a terminal
-    for _ in tqdm(range(count), desc="compare with the prior", disable=hide):
-        if stopped():
-            return {}
-        task = tasks.draw(rng)
-        nats = [
-            _held_out(run_task(task, player), "valid")["valid_nats"]
-            for player in (controller, prior())
-        ]
-        falls.append(math.log(nats[1] / nats[0]))
-    if not falls:
+    with tqdm(total=count, desc="compare with the prior", disable=hide) as bar:
+        while len(falls) < count and not stopped():
+            drawn = [tasks.draw(rng) for _ in range(min(16, count - len(falls)))]
+            nats = [
+                [trainer.score("valid")["nats"] for trainer in run_tasks(drawn, player)]
+                for player in (controller, prior())
+            ]
+            falls += np.log(np.array(nats[1]) / np.array(nats[0])).tolist()
+            bar.update(len(drawn))
+    if not falls or stopped():
         return {}
     return {
         "eval_tasks": count,

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -125,10 +125,7 @@ class Population:
     def _signals(self) -> Signals:
         rows = [signals for signals in self._last if signals is not None]
         assert len(rows) == len(self.trainers), "start() comes before step()"
-        names = [entry.name for entry in fields(Signals)]
-        return Signals(
-            **{n: np.concatenate([getattr(row, n) for row in rows]) for n in names}
-        )
+        return joined(rows)
 
 
 FREE = (  # the options of a training that a population has
@@ -151,6 +148,16 @@ def _check(trainer: Trainer) -> None:
             "a population trains on streams with sgd, momentum, adam or adamw and no "
             f"options but {', '.join(FREE)}; train such a run alone"
         )
+
+
+Arrays = TypeVar("Arrays", Knobs, Signals)
+
+
+def joined(rows: Sequence[Arrays]) -> Arrays:
+    """The knobs, or the signals, of several runs as one."""
+    names = [entry.name for entry in fields(rows[0])]
+    columns = {n: np.concatenate([getattr(row, n) for row in rows]) for n in names}
+    return type(rows[0])(**columns)
 
 
 def _row(knobs: Knobs, run: int) -> Knobs:

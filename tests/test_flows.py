@@ -16,15 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from rlrnn import demo, flows, tasks
+from rlrnn import demo, flows
 from rlrnn.checkpoint import CheckpointError, Checkpoints
 from rlrnn.config import AgentConfig, FitConfig, RunConfig, TrainConfig, TuneConfig
 from rlrnn.control import Signals
 from rlrnn.data.synthetic import markov_problem
 from rlrnn.flows import evaluate, fit, train, tune
-from rlrnn.tasks import DataConfig, ModelConfig, Tasks
+from rlrnn.ledger import TrainingConfig
+from rlrnn.models import ModelConfig
+from rlrnn.tasks import DataConfig, Tasks
 from rlrnn.tracking import NotARunError, Run, RunExistsError, read_metrics
-from rlrnn.training import TrainingConfig
 
 AGENT = AgentConfig(
     hidden_size=8, net_arch=[8], n_steps=32, batch_size=64, n_epochs=2, gamma=0.9
@@ -113,7 +114,7 @@ Start = tuple[Flow, Any]  # a flow, and its config but for the run
 
 
 def tune_here(config: TuneConfig, resume: Path | None = None) -> dict[str, Any]:
-    return tune(config, resume, progress=False, processes=False)
+    return tune(config, resume, progress=False)
 
 
 def play(start: Start, folder: Path, resume: Path | None = None) -> dict[str, Any]:
@@ -310,48 +311,6 @@ rlrnn.flows.fit(FitConfig(
     assert_same_run(folder, whole)
 
 
-def test_tune_with_processes_survives_a_signal_to_all_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in a terminal reaches the environments' processes too."""
-    monkeypatch.setattr("rlrnn.tasks.markov_problem", markov_problem)
-    number = signal.SIGINT
-    config = replace(TUNE, envs=2, group=2, episodes=4)
-    script = f"""
-import os, signal, sys
-import rlrnn.flows, rlrnn.tracking as tracking
-from rlrnn.cli import main
-if __name__ == "__main__":
-    log, rows = tracking.Run.log, []
-    def signalling(run, row):
-        log(run, row)
-        rows.append(row)
-        if len(rows) == 2:
-            os.killpg(os.getpgrp(), {int(number)})
-    tracking.Run.log = signalling
-    sys.exit(main(sys.argv[1:]))
-"""
-    (tmp_path / "script.py").write_text(script)
-    folder = tmp_path / "run"
-    tree = flows.config_to_tree(config)
-    (tmp_path / "tiny.yaml").write_text(json.dumps(tree))
-    command = [sys.executable, str(tmp_path / "script.py"), "tune"]
-    options = ["--config", str(tmp_path / "tiny.yaml"), "--run.track=disabled"]
-    done = subprocess.run(
-        [*command, *options, f"--run.folder={folder}"],
-        capture_output=True,
-        start_new_session=True,
-        text=True,
-    )
-    assert done.returncode == 128 + number, done.stderr
-    assert done.stderr.strip() == (
-        f"rlrnn: stopped and saved; go on with --resume {folder}"
-    )
-    play((tune_here, config), folder, resume=folder)
-    play((tune_here, config), tmp_path / "whole")
-    assert_same_run(folder, tmp_path / "whole")
-
-
 @pytest.mark.parametrize("kind", ["train", "tune", "prior"])
 def test_resume_refuses_another_config(
     finished: Any, tmp_path: Path, kind: str
@@ -371,7 +330,6 @@ def test_resume_refuses_another_text(tmp_path: Path, text: Path) -> None:
     with at_row(4, cut), suppress(Cut):
         fit(config)
     mine.write_bytes(text.read_bytes()[::-1].replace(b"\xbc\xc3", "ü".encode()))
-    tasks._text.cache_clear()
     with pytest.raises(ValueError, match="is not the text that"):
         fit(config, resume=tmp_path / "run")
 
@@ -485,7 +443,7 @@ def test_evaluate_of_an_unfinished_run(
     start, _, _ = finished[kind]
     with at_row(2, cut), suppress(Cut):
         play(start, tmp_path / "run")
-    with pytest.raises(NotARunError, match="not finished; go on with --resume"):
+    with pytest.raises(NotARunError, match="go on with --resume"):
         evaluate(tmp_path / "run", start[1])
 
 
