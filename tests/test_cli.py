@@ -17,7 +17,7 @@ import torch
 import yaml
 from gymnasium import spaces
 
-from rlrnn import checkpoint, cli
+from rlrnn import checkpoint, cli, flows
 from rlrnn.cli import UsageError, config_names, config_path, main, parse
 from rlrnn.config import FitConfig, RunConfig, TrainConfig, TuneConfig
 from rlrnn.data.synthetic import markov_problem
@@ -80,9 +80,13 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     TINY["fit"]["data"]["path"] = "text.txt"
     for name, tree in TINY.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump(tree), "utf-8")
+    tune = flows.tune
     monkeypatch.setattr(  # a shorter chain takes less time to draw
         "rlrnn.tasks.markov_problem",
         lambda rng, _, *rest: markov_problem(rng, 20_000, *rest),
+    )
+    monkeypatch.setattr(
+        flows, "tune", lambda c, resume=None: tune(c, resume, processes=False)
     )
     return {name: f"{name}.yaml" for name in TINY}
 
@@ -182,7 +186,7 @@ def test_train_refuses(refused: Refused, arguments: str, said: str) -> None:
         ("--data.path=empty.txt", "empty.txt is empty, expected UTF-8 text"),
         ("--data.path=binary.txt", "binary.txt is binary (a zero byte at offset 1)"),
         ("--data.path=latin.txt", "latin.txt is not UTF-8 (byte 0xe9 at offset 3)"),
-        ("--data.path=short.txt", "short.txt (training part) has 2 characters, expected "),
+        ("--data.path=short.txt", "short.txt (training part) has 2 characters, expect"),
         ("--lr=0", "lr is 0.0, expected above 0 and at most 10"),
         ("--truncation=0", "truncation is 0, expected 1 to 1024"),
         ("--controller=pror", "did you mean prior?"),
@@ -224,7 +228,7 @@ def test_tune_refuses(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("tran", "unknown command 'tran': expected train, fit, tune, evaluate, predict, "),
+        ("tran", "unknown command 'tran': expected train, fit, tune, evaluate, pre"),
         ("evaluate", "the following arguments are required: RUN"),
         ("evaluate nope", "nope is not a run: expected a folder with config.yaml"),
         ("evaluate a b", "unrecognized arguments: b"),
