@@ -17,7 +17,7 @@ import torch
 import yaml
 from gymnasium import spaces
 
-from rlrnn import checkpoint, cli, flows
+from rlrnn import checkpoint, cli
 from rlrnn.cli import UsageError, config_names, config_path, main, parse
 from rlrnn.config import FitConfig, RunConfig, TrainConfig, TuneConfig
 from rlrnn.data.synthetic import markov_problem
@@ -80,13 +80,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     TINY["fit"]["data"]["path"] = "text.txt"
     for name, tree in TINY.items():
         Path(f"{name}.yaml").write_text(yaml.safe_dump(tree), "utf-8")
-    tune = flows.tune
     monkeypatch.setattr(  # a shorter chain takes less time to draw
         "rlrnn.tasks.markov_problem",
         lambda rng, _, *rest: markov_problem(rng, 20_000, *rest),
-    )
-    monkeypatch.setattr(
-        flows, "tune", lambda c, resume=None: tune(c, resume, processes=False)
     )
     return {name: f"{name}.yaml" for name in TINY}
 

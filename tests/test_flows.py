@@ -114,7 +114,7 @@ Start = tuple[Flow, Any]  # a flow, and its config but for the run
 
 
 def tune_here(config: TuneConfig, resume: Path | None = None) -> dict[str, Any]:
-    return tune(config, resume, progress=False, processes=False)
+    return tune(config, resume, progress=False)
 
 
 def play(start: Start, folder: Path, resume: Path | None = None) -> dict[str, Any]:
@@ -309,48 +309,6 @@ rlrnn.flows.fit(FitConfig(
     assert not (folder / "summary.json").exists()
     play(start, folder, resume=folder)
     assert_same_run(folder, whole)
-
-
-def test_tune_with_processes_survives_a_signal_to_all_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in a terminal reaches the environments' processes too."""
-    monkeypatch.setattr("rlrnn.tasks.markov_problem", markov_problem)
-    number = signal.SIGINT
-    config = replace(TUNE, envs=2, group=2, episodes=4)
-    script = f"""
-import os, signal, sys
-import rlrnn.flows, rlrnn.tracking as tracking
-from rlrnn.cli import main
-if __name__ == "__main__":
-    log, rows = tracking.Run.log, []
-    def signalling(run, row):
-        log(run, row)
-        rows.append(row)
-        if len(rows) == 2:
-            os.killpg(os.getpgrp(), {int(number)})
-    tracking.Run.log = signalling
-    sys.exit(main(sys.argv[1:]))
-"""
-    (tmp_path / "script.py").write_text(script)
-    folder = tmp_path / "run"
-    tree = flows.config_to_tree(config)
-    (tmp_path / "tiny.yaml").write_text(json.dumps(tree))
-    command = [sys.executable, str(tmp_path / "script.py"), "tune"]
-    options = ["--config", str(tmp_path / "tiny.yaml"), "--run.track=disabled"]
-    done = subprocess.run(
-        [*command, *options, f"--run.folder={folder}"],
-        capture_output=True,
-        start_new_session=True,
-        text=True,
-    )
-    assert done.returncode == 128 + number, done.stderr
-    assert done.stderr.strip() == (
-        f"rlrnn: stopped and saved; go on with --resume {folder}"
-    )
-    play((tune_here, config), folder, resume=folder)
-    play((tune_here, config), tmp_path / "whole")
-    assert_same_run(folder, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("kind", ["train", "tune", "prior"])
