@@ -309,6 +309,23 @@ def test_training_features_are_normalised_and_a_prediction_has_the_same(
         assert sum(found) == len(train.lengths)
 
 
+def test_top_db_hides_loudness_and_what_is_far_below(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = 1e-3 * rng.normal(size=800).astype(np.float32)
+    seen = []
+    for i, wave in enumerate((tone(440), 0.1 * tone(440), tone(440) + noise)):
+        place = tmp_path / str(i)
+        place.mkdir()
+        soundfile.write(place / "x.wav", wave, RATE, "FLOAT")
+        options = {"rate": RATE, "top_db": 30.0}
+        format = {"options": options, "mean": np.float32(0), "scale": np.float32(1)}
+        ((_, x),) = encode_speech(str(place), format)
+        assert x.max() == 0 and x.min() == pytest.approx(-3 * math.log(10))
+        seen.append(x)
+    np.testing.assert_allclose(seen[0], seen[1], atol=1e-2)
+    np.testing.assert_allclose(seen[0], seen[2], atol=0.3)
+
+
 def test_joined_strings_are_their_clips_end_to_end(tmp_path: Path) -> None:
     clips = read_recordings(str(folder(tmp_path / "a", 3)), NAMED)
     strings = joined(clips, 4, np.random.default_rng(0))

@@ -6,6 +6,7 @@ pattern of its name, or by the folder that it lies in.
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -50,6 +51,8 @@ class SpeechOptions:
         hop: from frame to frame, in ms.
         deltas: whether features have their slopes beside them.
         center: whether each recording's mean is taken from its features.
+        top_db: features are then relative to the recording's loudest one, and at most
+            this many dB below it, which hides loudness and background noise.
         speeds: at which training recordings are heard too (1.1: 10 % faster, and
             higher).
     """
@@ -67,6 +70,7 @@ class SpeechOptions:
     hop: float = 10.0
     deltas: bool = False
     center: bool = False
+    top_db: float | None = None
     speeds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -76,6 +80,8 @@ class SpeechOptions:
             at_least(f"data.speech.{name}", getattr(self, name), least)
         for name in ("window", "hop"):
             at_least(f"data.speech.{name}", getattr(self, name), 1)
+        if self.top_db is not None:
+            at_least("data.speech.top_db", self.top_db, 1)
         if self.join > 1 and self.task == "classification":
             raise ValueError(
                 f"data.speech.join is {self.join}, but data.speech.task is "
@@ -323,6 +329,9 @@ def _features(
     """[T, mels], twice as wide with deltas; not yet normalised."""
     there = torch.from_numpy(wave).to(device)
     x = log_mel(there, options.rate, options.mels, options.window, options.hop)
+    if options.top_db is not None:
+        lowest = -options.top_db * math.log(10) / 10
+        x = (x - x.max()).clamp_min(lowest)
     if options.center:
         x = x - x.mean(0)
     return (with_deltas(x) if options.deltas else x).cpu().numpy()
