@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlrnn import checkpoint
+from rlrnn import checkpoint, seeding
 from rlrnn.data.chunks import Features, Symbols
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes, Ctc, Labels, Numbers, Objective
@@ -65,7 +65,8 @@ def load_model(run: str | Path, device: torch.device | str = "cpu") -> Finished:
         raise ValueError(f"{path} is no model: expected a file that `rlrnn fit` wrote")
     inputs, objective = _from_tree(tree["inputs"]), _from_tree(tree["objective"])
     config = ModelConfig(**tree["config"]["model"])
-    model = SequenceModel(inputs, objective.outputs, config)
+    with seeding.initialising(0, "model"):  # no global random state is drawn from
+        model = SequenceModel(inputs, objective.outputs, config)
     model.load_state_dict(tree["model"])
     model.eval()
     return Finished(model.to(device), inputs, objective, tree["format"], tree["config"])
