@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from rlrnn.checkpoint import CheckpointError
 from rlrnn.control import ACTIONS, NO_OP, Controller, Knobs, Signals, State, prior
 from rlrnn.envs.tuning import LOSS_FLOOR, GroupBaseline, TuningEnv, log_loss
 from rlrnn.flows import run_task
-from rlrnn.ledger import TrainingConfig
+from rlrnn.ledger import Interval, TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.tasks import DataConfig, Task, Tasks
 from rlrnn.training import Trainer
@@ -183,10 +184,13 @@ def test_failed_training_terminates(monkeypatch: pytest.MonkeyPatch) -> None:
     env.reset(seed=0)
     before = weights(env.trainer)
 
-    loss = env.trainer._loss
-    monkeypatch.setattr(
-        env.trainer, "_loss", lambda out, chunk: loss(out, chunk) * math.nan
-    )
+    plan = env.trainer.plan
+
+    def broken(knobs: Knobs) -> Interval:
+        interval = plan(knobs)
+        return replace(interval, rates=interval.rates * math.nan)
+
+    monkeypatch.setattr(env.trainer, "plan", broken)
     for i in range(3):
         observation, reward, terminated, truncated, info = env.step(np.array(NO_OP))
         assert np.isfinite(observation).all() and reward == 0 and not truncated
