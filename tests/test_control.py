@@ -353,6 +353,21 @@ def test_moves_of_the_truncation_keep_lambda(adaptive: float, power: float) -> N
     assert state["log_lambda"] == pytest.approx(0)
 
 
+@pytest.mark.parametrize("adaptive", [0.0, 1.0])
+def test_moves_of_the_truncation_leave_the_rate_of_whole_sequences(
+    adaptive: float,
+) -> None:
+    """None is cut until a controller moves; updates are as many at any K."""
+    told = signals(adaptive=adaptive, range_lr=1e-4, whole=1.0, truncation_max=64.0)
+    stream = signals(adaptive=adaptive, range_lr=1e-4, truncation_max=64.0)
+    state = Codec().init(1)
+    usual, _ = act(NO_OP, stream, state)
+    for move, expected in ((1, 64), (0, 32), (0, 16), (2, 32), (2, 64), (2, 128)):
+        knobs, state = act((3, move), told, state)
+        assert knobs.truncation == expected
+        assert knobs.lr == pytest.approx(usual.lr)
+
+
 def test_the_truncation_stays_inside_what_there_is_room_for() -> None:
     state = Codec().init(1)
     for _ in range(12):
