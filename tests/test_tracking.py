@@ -39,6 +39,9 @@ CANARY = "c0ffee" * 6 + "beef"  # an API key of the right length
 @pytest.fixture(autouse=True)
 def clean_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No key, no settings of the user; wandb reads the environment once per set-up."""
+    if "wandb" in sys.modules:  # or its service's address would be restored, stale
+        sys.modules["wandb"].teardown()
+    os.environ.pop("WANDB_SERVICE", None)
     for name in list(os.environ):
         if name.startswith("WANDB_"):
             monkeypatch.delenv(name)
