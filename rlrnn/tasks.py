@@ -192,7 +192,7 @@ def _texts(data: DataConfig) -> tuple[Text, Text, Text]:
 def build_trainer(
     task: Task,
     device: str = "cpu",
-    prepare: Callable[[SequenceModel, Problem], None] = lambda model, problem: None,
+    prepare: Callable[[SequenceModel, Problem], object] = lambda model, problem: None,
     problem: Problem | None = None,
 ) -> Trainer:
     """A trainer that has not started, with everything on `device`. `prepare` sees the

@@ -31,8 +31,8 @@ from rlrnn.data.text import (
     text_problem,
 )
 from rlrnn.data.vocabulary import END_OF_LINE, UNKNOWN, UNKNOWN_WORD
+from rlrnn.ledger import TrainingConfig
 from rlrnn.tasks import DataConfig, Task, build_problem, build_trainer
-from rlrnn.training import TrainingConfig
 
 LEVELS: tuple[vocabulary.Level, ...] = ("characters", "bytes", "words", "bpe")
 SHARES = [0.9, 0.05, 0.05]
