@@ -74,6 +74,15 @@ class Form:
             head.out_features,
         )
 
+    @staticmethod
+    def fits(model: SequenceModel) -> bool:
+        """Whether a stack can hold such a model."""
+        try:
+            Form.of(model)
+        except ValueError:
+            return False
+        return True
+
     @property
     def rows(self) -> int:
         """R: state rows of a layer."""
@@ -398,7 +407,7 @@ class Stack:
 
     def _compiles(self) -> bool:
         """Whether `rlrnn.kernels_stacked` work here."""
-        return compiles(self.weights) and _compiled_loss(self.objective) is not None
+        return compiles(self.weights) and has_kernel(self.objective)
 
     def _of(self, rows: Tensor, chosen: Tensor | None) -> Tensor:
         return rows if chosen is None else rows[chosen]
@@ -544,6 +553,11 @@ def _fused_layer(
     given = starts, _linear(x, w_x, bias), state, w_h, b_n
     y, last = kernels_cuda.Recurrence.apply(cell, *given)  # type: ignore[no-untyped-call]
     return y, last
+
+
+def has_kernel(objective: Objective) -> bool:
+    """Whether `rlrnn.kernels_stacked` know its loss."""
+    return _compiled_loss(objective) is not None
 
 
 def _compiled_loss(objective: Objective) -> int | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from rlrnn.control import Array, Knobs, Signals
 from rlrnn.data.chunks import Chunk, Problem, Source
 from rlrnn.evaluation import mean_loss, score
+from rlrnn.fast import Fast
 from rlrnn.ledger import FORWARD_COST, Ledger, Measured, TrainingConfig
 from rlrnn.models import SequenceModel, activation_penalty
 from rlrnn.optimizers import evaluation_weights, make_optimizer
@@ -60,6 +61,7 @@ class Trainer(Ledger):
         self.optimizer = make_optimizer(
             config.optimizer, self.groups, config.weight_decay
         )
+        self.fast = self._make_fast()
         self.hidden = model.initial_state(self.batch)
         self.averaged = (
             [p.detach().clone() for p in self.parameters] if config.average else []
@@ -90,6 +92,20 @@ class Trainer(Ledger):
             every = [p for parameters in learning for p in parameters]
             groups = [{"params": every, "scale": 1.0}]
         return [p for parameters in learning for p in parameters], groups
+
+    def _make_fast(self) -> Fast | None:
+        """The quick way to train on a window of a stream, for a model and a training
+        without options; None for others."""
+        config, objective = self.config, self.problem.objective
+        others = config.ar, config.tar, config.unfreeze, config.decay_probe
+        if self.source.whole or any(others) or config.accumulate > 1:
+            return None
+        if config.layer_decay != 1 or not Fast.suits(
+            self.model, objective, config.optimizer
+        ):
+            return None
+        given = self.model, objective, self.optimizer
+        return Fast(*given, config.optimizer, config.weight_decay)
 
     def _unfreeze(self) -> None:
         """Lets the layers learn whose turn has come."""
@@ -130,7 +146,10 @@ class Trainer(Ledger):
                 self._read_on(chunk)
                 continue
             self._set_lr(float(interval.rates[number]))
-            self._train(chunk, interval.truncation, seen, number == last)
+            if self.fast is not None:
+                self._train_at_once(self.fast, chunk, seen, last - number)
+            else:
+                self._train(chunk, interval.truncation, seen, number == last)
         if len(seen.losses) % self.config.accumulate:
             seen.norms.append(self._update(interval.spans[-1]))
         seen.watched["update_ratio"] = self._update_ratio(snapshot)
@@ -178,6 +197,28 @@ class Trainer(Ledger):
                 now = [p.grad for p in self.parameters if p.grad is not None]
                 seen.watched["grad_cosine"] = _cosine(before, now)
             seen.norms.append(self._update(len(chunk.x)))
+
+    def _train_at_once(
+        self, fast: Fast, chunk: Chunk, seen: "_Seen", following: int
+    ) -> None:
+        """`_train` in one call; `following` windows of the interval are left."""
+        last, steps = following == 0, len(chunk.x)
+        watch = last and watchable(self.source, steps)
+        # of the last two windows that learn; with a mask it is not known which they are
+        keep = following < 2 or chunk.mask is not None
+        before = fast.gradients() if last and seen.losses else []
+        carried, lr = self.hidden, float(self.optimizer.param_groups[0]["lr"])
+        done = fast.window(chunk, carried, lr, self.config.clip, watch, keep)
+        loss, self.hidden = done.loss[0], done.state[0]
+        seen.losses.append(loss)
+        seen.due.append(chunk.due)
+        seen.norms.append(done.norm[0])
+        if watch:
+            ends = done.far[0], done.near[0], carried.norm()
+            seen.watched.update(fading(*ends, loss, steps))
+        if before:
+            seen.watched["grad_cosine"] = _cosine(before, fast.gradients())
+        self._count_update(steps)
 
     def _gradient(self, chunk: Chunk, truncation: int) -> Tensor:
         """Adds one window's gradient; its loss. Whole sequences begin at zero, and
@@ -266,6 +307,11 @@ class Trainer(Ledger):
         """Clips, and moves the weights; the gradient's norm before, on the device."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimizer.step()
+        self._count_update(steps)
+        return norm
+
+    def _count_update(self, steps: int) -> None:
+        """And averages the weights."""
         self.updates += 1
         if self.averaged:
             # A time constant in tokens, so that K does not change it; at first the
@@ -276,7 +322,6 @@ class Trainer(Ledger):
             torch._foreach_lerp_(
                 self.averaged, [p.detach() for p in self.parameters], weight
             )
-        return norm
 
     def _probe(self) -> Tensor:
         self.spent += self._probe_cost

@@ -385,6 +385,7 @@ def test_all_that_is_done_is_charged_and_the_budget_is_met(
 ) -> None:
     budget = 2000.0 * batch * decisions / 12
     t = trainer(cell="rnn", budget=budget, batch=batch, decisions=decisions)
+    t.fast = None  # the model is not asked otherwise
     done = [0.0]
     read = SequenceModel.read
 
