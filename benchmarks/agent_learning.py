@@ -32,7 +32,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 import rlrnn  # noqa: F401  registers the ids
 from rlrnn.cli import load_config
 from rlrnn.config import TrainConfig
-from rlrnn.flows import make_agent, make_envs
+from rlrnn.flows import make_envs
+from rlrnn.running import make_agent
 from rlrnn.statistics import bootstrap_interval, interquartile_mean
 
 

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from rlrnn.config import AgentConfig
 from rlrnn.envs.tensor import TensorVectorEnv
-from rlrnn.flows import make_agent, make_envs
+from rlrnn.flows import make_envs
 from rlrnn.play import families, stated
+from rlrnn.running import make_agent
 
 CELLS = ("lstm", "gru", "rnn", "none")
 ENVS = 64

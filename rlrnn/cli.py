@@ -283,7 +283,7 @@ def load_config(command: str, name: str) -> Any:
 
 def stored_config(folder: str, command: str | None = None) -> Any:
     """The config of a run folder. Raises UsageError if another command made it."""
-    from rlrnn.flows import run_config
+    from rlrnn.running import run_config
 
     job, _ = run_config(folder)
     if command is not None and job != command:

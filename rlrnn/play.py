@@ -15,7 +15,8 @@ import numpy as np
 
 from rlrnn.envs.tensor import TensorVectorEnv
 from rlrnn.envs.text import entered, meanings, picture, task_of
-from rlrnn.flows import make_env, run_config
+from rlrnn.flows import make_env
+from rlrnn.running import run_config
 
 Player = Callable[[Any, bool], Any]  # observation, episode begins -> action, None: quit
 

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "agents": {"rlrnn"},
 }
 # The files of the core that wire agents and environments together.
-TOP = {"cli.py", "flows.py", "demo.py", "play.py", "export.py"}
+TOP = {"cli.py", "flows.py", "meta.py", "running.py", "demo.py", "play.py", "export.py"}
 FOLDERS = ("rlrnn", "envs", "agents", "configs")
 
 

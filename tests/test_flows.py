@@ -24,6 +24,7 @@ from rlrnn.data.synthetic import markov_problem
 from rlrnn.flows import evaluate, fit, train, tune
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
+from rlrnn.running import Stopped
 from rlrnn.tasks import DataConfig, Tasks
 from rlrnn.tracking import NotARunError, Run, RunExistsError, read_metrics
 
@@ -234,7 +235,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     start, whole, _ = finished[kind]
     before = signal.getsignal(number)
     with at_row(row, lambda: signal.raise_signal(number)):
-        with pytest.raises(flows.Stopped, match=f"--resume {tmp_path}/run") as stopped:
+        with pytest.raises(Stopped, match=f"--resume {tmp_path}/run") as stopped:
             play(start, tmp_path / "run")
     assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) == before
@@ -264,7 +265,7 @@ def test_a_signal_in_the_middle_of_a_rollout_loses_no_update(
         return step(self, actions)
 
     monkeypatch.setattr(RepeatPrevious, "step", counting)
-    with pytest.raises(flows.Stopped):
+    with pytest.raises(Stopped):
         play(start, tmp_path / "run")
     assert Checkpoints(tmp_path / "run/checkpoints").latest()[0] == 128
     play(start, tmp_path / "run", resume=tmp_path / "run")
