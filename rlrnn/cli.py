@@ -37,6 +37,7 @@ usage: rlrnn COMMAND [options]
   fit        a recurrent model on sequences, under a controller of rate and truncation
   tune       a controller: the agent, playing training runs
   evaluate   a finished run: rlrnn evaluate RUN
+  explain    what the controller of a fit did, and what it saw: rlrnn explain RUN
   predict    what a finished model makes of new data: rlrnn predict RUN INPUT
   export     a finished run's model or agent as ONNX: rlrnn export RUN
   play       an environment in the terminal, yourself or by a run's agent
@@ -347,6 +348,20 @@ def _evaluate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _explain(arguments: Sequence[str]) -> int:
+    parser = _Parser(
+        prog="rlrnn explain",
+        description="Each decision of the controller of a run of `rlrnn fit`: what it "
+        "set, what it saw, and what came of it. Draws them in RUN/explain.png.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder, finished or not")
+    options = parser.parse_args(arguments)
+    from rlrnn.explain import explain
+
+    print(f"\npicture: {explain(options.run)}")
+    return 0
+
+
 def _predict(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="rlrnn predict",
@@ -463,6 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _flow(command, rest)
         others = {
             "evaluate": _evaluate,
+            "explain": _explain,
             "predict": _predict,
             "export": _export,
             "play": _play,

@@ -34,7 +34,7 @@ from rlrnn.agents.masking import (
 from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.baselines import UNLEARNED
 from rlrnn.config import FitConfig, TrainConfig, TuneConfig
-from rlrnn.control import Controller, Signals, prior
+from rlrnn.control import Controller, Knobs, Signals, State, prior
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import log_loss
@@ -310,7 +310,7 @@ def _fit(
                 tqdm.write(f"begins with {config.init_from} ({told})", file=sys.stderr)
             state = controller.init(1)
             signals = trainer.start(controller.range_test)
-            run.log(_fit_row(trainer, signals))
+            run.log(_fit_row(trainer, signals, {}))
             save(None)
         elif saved["data"] != _fingerprint(trainer):
             raise ValueError(
@@ -321,6 +321,7 @@ def _fit(
             trainer.load_state_dict(saved["trainer"])
             state, signals = saved["controller"], Signals(**saved["signals"])
         began, first = time.monotonic(), trainer.spent
+        figures: Summary = {}
         bar = tqdm(
             total=round(trainer.budget),
             initial=round(trainer.spent),
@@ -331,11 +332,15 @@ def _fit(
         )
         with bar:
             while not trainer.done and not stopped():
-                knobs, state = controller(signals, state)
-                before = log_loss(signals)
+                seen, before = signals, state
+                knobs, state = controller(seen, before)
                 signals = trainer.step(knobs)
-                reward = before - log_loss(signals)
-                run.log({**_fit_row(trainer, signals), "decision/reward": reward})
+                if trainer.done:
+                    figures = _held_out(trainer, "valid")
+                row = _fit_row(trainer, signals, figures)
+                reward = log_loss(seen) - log_loss(signals)
+                moves = _moves(seen, knobs, before, state)
+                run.log({**row, **moves, "decision/reward": reward})
                 # a run that has failed has nothing to be best at
                 save(-trainer.last_probe if not signals.failed[0] else None)
                 bar.update(round(trainer.spent) - bar.n)
@@ -349,7 +354,7 @@ def _fit(
         summary = {
             "controller": config.controller,
             "probe_loss": trainer.last_probe,
-            **_held_out(trainer, "valid"),
+            **(figures or _held_out(trainer, "valid")),
             "tokens": trainer.spent,
             "failed": bool(signals.failed[0]),
             "recoveries": round(-math.log2(trainer.lr_scale)),
@@ -373,7 +378,11 @@ def _fingerprint(trainer: Trainer) -> int:
     return trainer.problem.train.fingerprint()
 
 
-def _fit_row(trainer: Trainer, signals: Signals) -> dict[str, float | int]:
+def _fit_row(
+    trainer: Trainer, signals: Signals, figures: Summary
+) -> dict[str, float | int]:
+    """The signals after an interval. The validation loss is among them where it is
+    measured at each decision, and, of `figures`, in the end."""
     values = signals.to_row()
     losses = ("train_loss", "probe_loss", "grad_norm")
     row: dict[str, float | int] = {
@@ -381,8 +390,27 @@ def _fit_row(trainer: Trainer, signals: Signals) -> dict[str, float | int]:
         "tokens": trainer.spent,
         **{f"fit/{name}": values[name] for name in losses},
     }
+    valid = next(iter(figures.values()), trainer.valid_loss)  # the loss comes first
+    if not math.isnan(valid):
+        row["fit/valid_loss"] = trainer.positive(valid)
     names = values.keys() - set(losses)
     return row | {f"decision/{name}": values[name] for name in sorted(names)}
+
+
+def _moves(signals: Signals, knobs: Knobs, before: State, after: State) -> Summary:
+    """What a controller set at these signals, and the rate that the prior would have
+    ended the interval with; of a player, its moves on the prior."""
+    alone = prior()
+    by_prior, _ = alone(signals, alone.init(1))
+    row = {f"decision/set_{name}": v.item() for name, v in vars(knobs).items()}
+    row["decision/prior_lr"] = by_prior.lr_end.item()
+    if "codec" in after:
+        then, now = before["codec"], after["codec"]
+        rate = np.exp(now["log_lambda"] - then["log_lambda"])
+        truncation = 2 ** (now["log2_k"] - then["log2_k"])
+        row["decision/rate_factor"] = rate.item()
+        row["decision/truncation_factor"] = truncation.item()
+    return row
 
 
 def _held_out(trainer: Trainer, split: str) -> Summary:

@@ -302,7 +302,7 @@ class Ledger:
         return self._signals(
             truncation=truncation,
             lr=lr,
-            train_loss=self._positive(mean),
+            train_loss=self.positive(mean),
             loss_noise=max(noise / max(abs(mean), 1e-12), 1e-6),
             grad_norm=float(np.exp(_mean(np.log(norms.clip(1e-12))))),
             clip_fraction=_mean(norms > self.config.clip),
@@ -333,7 +333,7 @@ class Ledger:
             "progress": (self.spent - self.origin) / (budget - self.origin),
             "next_progress": self.config.boundary(following),
             "windows_left": left,
-            "probe_loss": self._positive(self.last_probe),
+            "probe_loss": self.positive(self.last_probe),
             "lr": lr,
             "truncation": float(truncation),
             "truncation_max": float(truncation if last else self._longest()),
@@ -347,7 +347,7 @@ class Ledger:
         }
         return Signals(**{name: np.array([value]) for name, value in values.items()})
 
-    def _positive(self, loss: float) -> float:
+    def positive(self, loss: float) -> float:
         """Controllers see logarithms of losses. A log-density may be negative: of it
         they see the loss itself."""
         logarithmic = self.problem.objective.logarithmic

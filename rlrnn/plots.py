@@ -79,6 +79,58 @@ def plot_fits(fits: Mapping[str, Rows], path: Path, title: str) -> Path:
     return path
 
 
+def plot_decisions(rows: Rows, path: Path, title: str) -> Path:
+    """One run over tokens: losses, knobs, what the controller saw of the fading
+    gradient, reward; and where intervals were rolled back or left to the prior."""
+    figure, (losses, rate, truncation, carried, reward) = _figure(5, 11)
+    steps = {"drawstyle": "steps-pre"}  # a row tells of the interval before it
+    panels: tuple[tuple[Any, str, str, dict[str, Any]], ...] = (
+        (losses, "fit/train_loss", "training", {}),
+        (losses, "fit/probe_loss", "probe", {}),
+        (losses, "fit/valid_loss", "validation", {"marker": "o"}),
+        (rate, "decision/lr", "this run's", {}),
+        (rate, "decision/prior_lr", "the prior's", {"linestyle": "--"}),
+        (truncation, "decision/truncation", "K", steps),
+        (carried, "decision/carried_grad", "carried gradient |∂L/∂h| |h| / L", {}),
+        (reward, "decision/reward", "reward", {"marker": "."}),
+    )
+    decided = [row for row in rows if row["decision"] > 0]  # before: no K yet
+    for axis, key, label, style in panels:
+        told = decided if axis is truncation else rows
+        axis.plot(*_series(told, "tokens", key), label=label, **style)
+    fading = carried.twinx()
+    decay = _series(rows, "tokens", "decision/grad_decay")
+    fading.plot(*decay, "C1--", label="log decay per step (right)")
+    for axis, label in (
+        (losses, "loss"),
+        (rate, "learning rate"),
+        (truncation, "truncation K (steps)"),
+        (carried, "gradient going back"),
+        (reward, "fall of log probe loss"),
+    ):
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        for key, colour, name in (
+            ("decision/recovered", "C3", "rolled back"),
+            ("decision/fallback", "C7", "left to the prior"),
+        ):
+            marked = [row["tokens"] for row in decided if row.get(key)]
+            for number, at in enumerate(marked):
+                first = name if axis is losses and not number else None
+                axis.axvline(at, color=colour, alpha=0.6, linestyle=":", label=first)
+    for axis in (losses, rate, truncation, carried):
+        if axis.dataLim.minposy < float("inf"):  # there is something to draw
+            axis.set_yscale("log", base=2 if axis is truncation else 10)
+    lines = [*carried.get_lines()[:1], *fading.get_lines()]
+    carried.legend(lines, [line.get_label() for line in lines], fontsize=8)
+    losses.legend(fontsize=8)
+    rate.legend(fontsize=8)
+    losses.set_title(title)
+    reward.set_xlabel("tokens")
+    figure.savefig(path, dpi=120)
+    return path
+
+
 def plot_tuning(rows: Rows, path: Path) -> Path:
     """Meta-training: what an episode gains on its prior's loss, over episodes."""
     figure, (axis,) = _figure(1, 4)
