@@ -47,6 +47,11 @@ class TuningVecEnv(VecEnv):
         return build_trainer(task, device, problem=self.problems[key])
 
     def reset(self) -> NDArray[np.float32]:
+        """New episodes, of the same number in all: those of a group play one task
+        again, even if a run that failed was an episode ahead."""
+        latest = max(env.episode_index for env in self.envs)
+        for env in self.envs:
+            env.episode_index = latest
         observations = self._begin(list(range(self.num_envs)), self._seeds)
         self._reset_seeds()
         return observations

@@ -14,6 +14,7 @@ from rlrnn.tasks import DataConfig, Tasks
 from rlrnn.tracking import Mode
 
 AgentCell = Literal[Cell, "none"]
+Algorithm = Literal["ppo", "es"]
 
 
 def _check_common(config: Any) -> None:
@@ -223,6 +224,29 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class EvolutionConfig:
+    """Evolution strategies (Salimans et al. 2017).
+
+    Args:
+        learning_rate: of Adam on the mean of the weights.
+        sigma: standard deviation of the weights of a generation around their mean.
+        weight_decay: of the mean, decoupled from Adam's scale.
+    """
+
+    learning_rate: float = 0.02
+    sigma: float = 0.1
+    weight_decay: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "sigma"):
+            if not getattr(self, name) > 0:
+                raise ValueError(
+                    f"es.{name} is {getattr(self, name)}, expected a number above 0"
+                )
+        at_least("es.weight_decay", self.weight_decay, 0)
+
+
+@dataclass(frozen=True)
 class TuneConfig:
     """Train a controller: the recurrent agent on the tuning environment.
 
@@ -231,12 +255,16 @@ class TuneConfig:
         episodes: training runs to play in all.
         envs: runs that are played side by side.
         group: neighbours that play the same task, and are compared with each other.
+        algorithm: ppo, or es, evolution strategies: a rollout is then an episode of
+            each of the envs, and of the agent's options cell, hidden_size, layers,
+            net_arch, anneal and normalize apply.
         eval_tasks: fresh tasks on which controller and prior are compared at the end.
         ablation: none, or what the agent does without, to see what that is worth:
             open_loop (all but the share of the budget that is spent), rate_only and
             truncation_only (the other knob's moves), no_bias_features (signals of the
             gradient that truncation cuts off), no_prior (range test and schedule).
         agent: the agent; a rollout is agent.n_steps decisions.
+        es: what algorithm es goes by.
         seed: of everything random.
         device: of the agent and the training runs: auto, cpu or cuda.
         threads: on the CPU.
@@ -248,6 +276,7 @@ class TuneConfig:
     episodes: int = 960
     envs: int = 16
     group: int = 8
+    algorithm: Algorithm = "ppo"
     eval_tasks: int = 24
     ablation: Ablation = "none"
     agent: AgentConfig = field(
@@ -262,6 +291,7 @@ class TuneConfig:
             gae_lambda=0.98,
         )
     )
+    es: EvolutionConfig = field(default_factory=EvolutionConfig)
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -277,8 +307,14 @@ class TuneConfig:
         _check_common(self)
         at_least("eval_tasks", self.eval_tasks, 0)
         one_of("ablation", self.ablation, Ablation)
+        one_of("algorithm", self.algorithm, Algorithm)
         if self.group < 2 or self.envs % self.group:
             raise ValueError(
                 f"group is {self.group}, expected at least 2 and a divisor of the "
                 f"{self.envs} envs"
+            )
+        if self.algorithm == "es" and self.group % 2:
+            raise ValueError(
+                f"group is {self.group}, expected an even number: evolution strategies "
+                "play in pairs"
             )

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from rlrnn import __version__, plots, seeding
 from rlrnn.agents import RecurrentPPO
 from rlrnn.agents.controller import initial_logits, learned, save_controller
+from rlrnn.agents.evolution import EvolutionStrategies
 from rlrnn.config import TuneConfig
 from rlrnn.control import NO_OP, Controller, prior
 from rlrnn.device import resolve_device
@@ -32,6 +33,8 @@ from rlrnn.running import (
     create_run,
     learn,
     make_agent,
+    policy_kwargs,
+    rate_schedule,
     resume_run,
     returned,
     stoppable,
@@ -71,6 +74,9 @@ class _TuningLog(BaseCallback):
             signals = info["signals"]
             self.logger.record_mean("tune/truncation", signals["truncation"])
             self.logger.record_mean("tune/recovered", signals["recovered"])
+        no_op = (np.asarray(self.locals["actions"]) == np.array(NO_OP)).mean(0)
+        self.logger.record_mean("tune/no_op_rate", float(no_op[0]))
+        self.logger.record_mean("tune/no_op_truncation", float(no_op[1]))
         return True
 
     def _on_rollout_end(self) -> None:
@@ -78,12 +84,6 @@ class _TuningLog(BaseCallback):
             self.logger.record("tune/log_loss_fall", float(np.mean(self.falls)))
             self.logger.record("episodes", self.episodes)
             self.falls = []
-        assert isinstance(self.model, RecurrentPPO)
-        rollout = self.model.rollout_buffer
-        actions = np.asarray(rollout.actions.cpu())
-        no_op = (actions == np.array(NO_OP)).mean((0, 1))
-        self.logger.record("tune/no_op_rate", float(no_op[0]))
-        self.logger.record("tune/no_op_truncation", float(no_op[1]))
 
 
 def tune(
@@ -121,6 +121,24 @@ def _check_tasks(tasks: Tasks) -> None:
             raise ValueError(f"tasks: {error}") from None
 
 
+def _player(config: TuneConfig, envs: VecEnv) -> RecurrentPPO | EvolutionStrategies:
+    """The agent that learns to tune."""
+    logits = {"initial_logits": initial_logits()}
+    if config.algorithm == "es":
+        return EvolutionStrategies(
+            envs,
+            config.group,
+            rate_schedule(config.es.learning_rate, config.agent),
+            config.es.sigma,
+            config.es.weight_decay,
+            {**policy_kwargs(config.agent), **logits},
+            config.seed,
+            resolve_device(config.device),
+        )
+    baseline = GroupBaseline(envs, config.group)
+    return make_agent(config.agent, baseline, config.seed, config.device, **logits)
+
+
 def _tune(
     config: TuneConfig,
     run: Run,
@@ -129,13 +147,7 @@ def _tune(
     progress: bool,
     stopped: Callable[[], int],
 ) -> Summary:
-    agent = make_agent(
-        config.agent,
-        GroupBaseline(envs, config.group),
-        config.seed,
-        config.device,
-        initial_logits=initial_logits(),
-    )
+    agent = _player(config, envs)
     log = _TuningLog()
 
     def tree() -> dict[str, Any]:
@@ -154,9 +166,10 @@ def _tune(
         earlier = flow["time/seconds"]
         log.episodes, log.falls = flow["episodes"], flow["falls"]
         agent.load_state_dict(flow["agent"])
-        agent._last_obs = flow["agent"]["last_obs"]
-        agent._last_episode_starts = flow["agent"]["last_starts"]
-        agent._last_state = flow["agent"]["last_state"].to(agent.device)
+        if isinstance(agent, RecurrentPPO):  # which would begin new episodes
+            agent._last_obs = flow["agent"]["last_obs"]
+            agent._last_episode_starts = flow["agent"]["last_starts"]
+            agent._last_state = flow["agent"]["last_state"].to(agent.device)
         for rank, state in enumerate(flow["envs"]):
             envs.env_method("load_state_dict", state, indices=rank)
         keeper.restore(saved, agent.num_timesteps)

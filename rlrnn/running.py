@@ -18,6 +18,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from rlrnn.agents import RecurrentPPO
+from rlrnn.agents.evolution import EvolutionStrategies
 from rlrnn.checkpoint import CheckpointError
 from rlrnn.config import AgentConfig, RunConfig
 from rlrnn.device import resolve_device
@@ -163,15 +164,32 @@ def run_config(folder: str | Path) -> tuple[str, dict[str, Any]]:
     )
 
 
+def policy_kwargs(config: AgentConfig) -> dict[str, Any]:
+    """What a config says of the networks."""
+    return {
+        "cell": config.cell,
+        "lstm_hidden_size": config.hidden_size,
+        "n_lstm_layers": config.layers,
+        "shared_lstm": config.shared,
+        "enable_critic_lstm": not config.shared,
+        "net_arch": config.net_arch,
+        "norm_obs": config.normalize,
+    }
+
+
+def rate_schedule(rate: float, config: AgentConfig) -> float | LinearSchedule:
+    """The learning rate, or how it falls."""
+    return LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate
+
+
 def make_agent(
     config: AgentConfig, env: VecEnv, seed: int, device: str, **kwargs: Any
 ) -> RecurrentPPO:
     """The agent that a config describes; `kwargs` go to its policy."""
-    rate = config.learning_rate
     return RecurrentPPO(
         "MlpLstmPolicy",
         env,
-        learning_rate=LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
+        learning_rate=rate_schedule(config.learning_rate, config),
         n_steps=config.n_steps,
         batch_size=config.batch_size,
         n_epochs=config.n_epochs,
@@ -187,16 +205,7 @@ def make_agent(
         sde_sample_freq=config.sde_sample_freq,
         recompute_states=config.recompute_states,
         bptt_truncation=config.bptt_truncation,
-        policy_kwargs={
-            "cell": config.cell,
-            "lstm_hidden_size": config.hidden_size,
-            "n_lstm_layers": config.layers,
-            "shared_lstm": config.shared,
-            "enable_critic_lstm": not config.shared,
-            "net_arch": config.net_arch,
-            "norm_obs": config.normalize,
-            **kwargs,
-        },
+        policy_kwargs={**policy_kwargs(config), **kwargs},
         seed=seed,
         device=resolve_device(device),
     )
@@ -250,7 +259,7 @@ class Keeper(BaseCallback):
 
 def learn(
     run: Run,
-    agent: RecurrentPPO,
+    agent: RecurrentPPO | EvolutionStrategies,
     steps: int,
     keeper: Keeper,
     callbacks: list[BaseCallback],

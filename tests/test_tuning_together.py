@@ -93,3 +93,11 @@ def test_resumed_to_the_same_bits() -> None:
         a, b = whole.step(actions), again.step(actions)
         np.testing.assert_array_equal(a[0], b[0])
         np.testing.assert_array_equal(a[1], b[1])
+
+
+def test_reset_brings_the_members_of_a_group_together() -> None:
+    venv = TuningVecEnv(envs(3))
+    venv.reset()
+    venv.envs[1].episode_index = 4  # its runs failed
+    venv.reset()
+    assert [info["episode_index"] for info in venv.reset_infos] == [5, 5, 5]
