@@ -3,6 +3,7 @@
 Each returns what it found as a plain dict, which is also the run's `summary.json`.
 """
 
+import dataclasses
 import difflib
 import math
 import sys
@@ -35,6 +36,7 @@ from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.baselines import UNLEARNED
 from rlrnn.config import FitConfig, TrainConfig, TuneConfig
 from rlrnn.control import Controller, Knobs, Signals, State, prior
+from rlrnn.costs import in_tokens, tokens_per_second
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import log_loss
@@ -54,6 +56,7 @@ from rlrnn.running import (
     make_agent,
     resume_run,
     returned,
+    run_config,
     stoppable,
     threads,
 )
@@ -276,8 +279,35 @@ def fit(
                 source = load_model(config.init_from)
                 taken.update(transfer(model, problem.format, source))
 
-        trainer = build_trainer(fit_task(config), config.device, prepare)
-        return _fit(config, controller, trainer, taken, resume, progress, stopped)
+        problem = build_problem(fit_task(config), resolve_device(config.device))
+        config, speed = _in_tokens(config, problem, resume)
+        trainer = build_trainer(fit_task(config), config.device, prepare, problem)
+        return _fit(
+            config, controller, trainer, taken, speed, resume, progress, stopped
+        )
+
+
+def _in_tokens(
+    config: FitConfig, problem: Problem, resume: str | Path | None
+) -> tuple[FitConfig, Summary]:
+    """A budget in minutes as one in tokens, and what it was computed from. That of a
+    run which is resumed is in its config."""
+    training = config.training
+    if training.minutes is None:
+        return config, {}
+    if resume is not None:
+        budget = run_config(resume)[1]["training"]["budget"]
+        training = dataclasses.replace(training, minutes=None, budget=budget)
+        return dataclasses.replace(config, training=training), {}
+    speed = tokens_per_second(fit_task(config), config.device, problem)
+    resolved = in_tokens(training, speed)
+    tqdm.write(
+        f"{training.minutes:g} minutes at {speed:,.0f} tokens per second (K = 16): "
+        f"{resolved.budget:,.0f} tokens",
+        file=sys.stderr,
+    )
+    found = {"minutes": training.minutes, "tokens_per_second": speed}
+    return dataclasses.replace(config, training=resolved), found
 
 
 def _fit(
@@ -285,6 +315,7 @@ def _fit(
     controller: Controller,
     trainer: Trainer,
     taken: dict[str, str],
+    speed: Summary,
     resume: str | Path | None,
     progress: bool,
     stopped: Callable[[], int],
@@ -310,7 +341,7 @@ def _fit(
                 tqdm.write(f"begins with {config.init_from} ({told})", file=sys.stderr)
             state = controller.init(1)
             signals = trainer.start(controller.range_test)
-            run.log(_fit_row(trainer, signals, {}))
+            run.log({**_fit_row(trainer, signals, {}), **speed})
             save(None)
         elif saved["data"] != _fingerprint(trainer):
             raise ValueError(

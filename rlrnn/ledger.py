@@ -44,6 +44,9 @@ class TrainingConfig:
         decay_probe: the last window of each interval goes back once more, charged, so
             that grad_decay is that of its later losses alone (see controller adaptive).
         epochs: passes over the training part, in place of a budget in tokens.
+        minutes: in place of both, for `rlrnn fit`: as many tokens as this machine
+            trains on in that time at K = 16, by a table that it keeps
+            (docs/controller.md).
         accumulate: windows whose gradients make one update.
         average: share of the budget over which weights are averaged (an exponential
             moving average with that time constant); 0 for none.
@@ -69,6 +72,7 @@ class TrainingConfig:
     range_test_share: float = 0.04
     decay_probe: bool = False
     epochs: float | None = None
+    minutes: float | None = None
     accumulate: int = 1
     average: float = 0.0
     ar: float = 0.0
@@ -85,10 +89,15 @@ class TrainingConfig:
         one_of("frozen", self.frozen, Frozen)
         if not self.budget >= 1:
             raise ValueError(f"budget is {self.budget}, expected at least 1 token")
-        for name in ("clip", "epochs"):
+        for name in ("clip", "epochs", "minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}, expected a number above 0")
+        if self.minutes is not None and self.epochs is not None:
+            raise ValueError(
+                f"minutes is {self.minutes:g} and epochs is {self.epochs:g}, expected "
+                "one of them; leave the other out, or set it to null"
+            )
         at_least("decisions", self.decisions, 6)
         at_least("accumulate", self.accumulate, 1)
         for name in ("weight_decay", "ar", "tar"):
@@ -159,6 +168,11 @@ class Ledger:
     )
 
     def __init__(self, problem: Problem, config: TrainingConfig) -> None:
+        if config.minutes is not None:
+            raise ValueError(
+                f"minutes is {config.minutes:g}, expected a budget in tokens: only "
+                "`rlrnn fit` turns minutes into one"
+            )
         self.problem, self.config = problem, config
         self.source = problem.train
         self.batch = self.source.batch

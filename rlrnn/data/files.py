@@ -16,6 +16,12 @@ class DataError(ValueError):
     """A data file that cannot be used, with its name and what to do."""
 
 
+def cache_folder() -> Path:
+    """Where things are kept that can be made again: `$XDG_CACHE_HOME/rlrnn`, or
+    `~/.cache/rlrnn`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlrnn"
+
+
 @dataclass(frozen=True)
 class Paths:
     """Where the parts of a data set lie. Without `valid` and `test`, both are cut from

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlrnn.data import vocabulary
 from rlrnn.data.chunks import Chunk
-from rlrnn.data.files import DataError
+from rlrnn.data.files import DataError, cache_folder
 from rlrnn.data.vocabulary import Level, Vocabulary
 
 CACHE_VERSION = 1
@@ -149,7 +149,7 @@ def on_disk(
     contents = [(_digest(text), text.begin, text.end) for text in texts]
     described = json.dumps([CACHE_VERSION, level, limit, contents])
     name = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rlrnn"
+    root = cache_folder()
     folder = root / f"text-{name}"
     if not folder.is_dir():
         try:
