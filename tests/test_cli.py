@@ -224,7 +224,7 @@ def test_tune_refuses(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("tran", "unknown command 'tran': expected train, fit, tune, evaluate, pre"),
+        ("tran", "unknown command 'tran': expected train, fit, tune, evaluate, expl"),
         ("evaluate", "the following arguments are required: RUN"),
         ("evaluate nope", "nope is not a run: expected a folder with config.yaml"),
         ("evaluate a b", "unrecognized arguments: b"),
