@@ -20,9 +20,13 @@ from rlrnn.control import (
     NO_OP,
     Ablation,
     Codec,
+    Familiar,
+    Player,
     State,
     Steered,
 )
+
+Ranges = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 SHIPPED = Path(__file__).parent / "controller.zip"
 OBSERVATIONS = spaces.Box(-5.0, 5.0, (len(FEATURES),), np.float32)
@@ -56,9 +60,16 @@ class PolicyPlayer:
         return actions, {"recurrent": recurrent}
 
 
-def learned(policy: RecurrentPolicy, ablation: Ablation = "none") -> Steered:
-    """The controller that plays `policy`, under the ablation that it learned with."""
-    return Steered(PolicyPlayer(policy), Codec(ablation=ablation))
+def learned(
+    policy: RecurrentPolicy, ablation: Ablation = "none", ranges: Ranges | None = None
+) -> Steered:
+    """The controller that plays `policy`, under the ablation that it learned with; with
+    `ranges`, the least and the greatest observation [D] then, it leaves the prior alone
+    where it is outside them."""
+    player: Player = PolicyPlayer(policy)
+    if ranges is not None:
+        player = Familiar(player, *ranges)
+    return Steered(player, Codec(ablation=ablation))
 
 
 def save_controller(
@@ -67,13 +78,16 @@ def save_controller(
     policy_kwargs: dict[str, Any],
     card: dict[str, Any],
     ablation: Ablation = "none",
+    ranges: Ranges | None = None,
 ) -> None:
-    """Write a controller file: no optimiser, no environment, nothing to run."""
+    """Write a controller file: no optimiser, no environment, nothing to run. `ranges`
+    as in `learned`."""
     tree = {
         "policy": dict(policy.state_dict()),
         "policy_kwargs": policy_kwargs,
         "features": list(FEATURES),
         "ablation": ablation,
+        "ranges": None if ranges is None else list(ranges),
     }
     checkpoint.save(path, tree, {"kind": "controller", **card})
 
@@ -108,7 +122,9 @@ def load_controller(path: str | os.PathLike[str] = SHIPPED) -> Steered:
             f"{path} is no controller of this version ({reason}): make it anew with "
             "`rlrnn tune`"
         ) from None
-    return learned(policy, tree.get("ablation", "none"))
+    ranges = tree.get("ranges")
+    known = None if ranges is None else (ranges[0], ranges[1])
+    return learned(policy, tree.get("ablation", "none"), known)
 
 
 def controller_card(path: str | os.PathLike[str] = SHIPPED) -> dict[str, Any]:

@@ -167,6 +167,30 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
             self.reward_sum = tree["reward_sum"]
 
 
+class Ranges(VecEnvWrapper):
+    """Keeps the least and the greatest observation [D] that was given, `low` and
+    `high`: what a controller knows its way about in."""
+
+    def __init__(self, venv: VecEnv) -> None:
+        super().__init__(venv)
+        width = venv.observation_space.shape
+        assert width is not None
+        self.low = np.full(width, np.inf, np.float32)
+        self.high = np.full(width, -np.inf, np.float32)
+
+    def reset(self) -> Any:
+        return self._see(self.venv.reset())
+
+    def step_wait(self) -> VecEnvStepReturn:
+        obs, rewards, dones, infos = self.venv.step_wait()
+        return self._see(obs), rewards, dones, infos
+
+    def _see(self, obs: Any) -> Any:
+        self.low = np.minimum(self.low, obs.min(0))
+        self.high = np.maximum(self.high, obs.max(0))
+        return obs
+
+
 class GroupBaseline(VecEnvWrapper):
     """Takes the group's mean reward from each reward.
 

@@ -343,6 +343,38 @@ class NoOp:
 
 
 @dataclass(frozen=True)
+class Familiar:
+    """A player that moves only where it knows its way about: at an observation outside
+    the range `low` to `high` [D] of those that it learned on, the prior is left alone.
+
+    The range of a feature is widened by a tenth on both sides. It is that of all
+    observations, and not of most: 1 % per feature would be a quarter of the decisions
+    for 26 features, and the rarest tasks are still tasks that it learned on.
+
+    The state has `outside` [n, D], what was unfamiliar at the last decision.
+    """
+
+    player: Player
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+
+    def init(self, n: int) -> State:
+        outside = np.zeros((n, len(self.low)), bool)
+        return {"player": self.player.init(n), "outside": outside}
+
+    def __call__(
+        self, observation: NDArray[np.float32], state: State
+    ) -> tuple[NDArray[np.int64], State]:
+        actions, player = self.player(observation, state["player"])
+        margin = (self.high - self.low) / 10
+        outside = observation < self.low - margin
+        outside |= observation > self.high + margin
+        strange = outside.any(1, keepdims=True)
+        actions = np.where(strange, np.array(NO_OP), actions)
+        return actions, {"player": player, "outside": outside}
+
+
+@dataclass(frozen=True)
 class Steered:
     """A player's moves on top of the codec's prior. With `NoOp`, the prior alone."""
 

@@ -37,7 +37,7 @@ def explain(folder: str | Path) -> Path:
     needed = Console(width=1000).measure(table).maximum
     console = Console(width=max(Console().width, needed))
     console.print(table)
-    console.print(f"{config['controller']}: {_in_short(rows)}", highlight=False)
+    print(f"{config['controller']}: {_in_short(rows)}")
     return plots.plot_decisions(rows, folder / "explain.png", config["controller"])
 
 
@@ -113,11 +113,11 @@ def _in_short(rows: Sequence[Row]) -> str:
     back = sum(row["decision/recovered"] > 0 for row in rows)
     if back:
         told.append(f"{back} rolled back")
-    left = in_words_outside(rows)
+    left = left_to_prior(rows)
     return ", ".join(told) + (f"\n{left}" if left else "")
 
 
-def in_words_outside(rows: Sequence[Row]) -> str:
+def left_to_prior(rows: Sequence[Row]) -> str:
     """How often a controller left a decision to the prior, and why; nothing if it never
     did."""
     left = [row["decision/outside"] for row in rows if row.get("decision/fallback")]
@@ -126,5 +126,5 @@ def in_words_outside(rows: Sequence[Row]) -> str:
     names = dict.fromkeys(name for names in left for name in names.split("; "))
     return (
         f"the controller left {len(left)} of {rows[-1]['decision']} decisions to the "
-        f"prior: {', '.join(names)} outside what it was trained on"
+        f"prior: {'; '.join(names)} outside what it was trained on"
     )

@@ -35,12 +35,13 @@ from rlrnn.agents.masking import (
 from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.baselines import UNLEARNED
 from rlrnn.config import FitConfig, TrainConfig, TuneConfig
-from rlrnn.control import Controller, Knobs, Signals, State, prior
+from rlrnn.control import FEATURES, Controller, Knobs, Signals, State, prior
 from rlrnn.costs import in_tokens, tokens_per_second
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
 from rlrnn.envs.tuning import log_loss
 from rlrnn.evaluation import inference_speed, score, tally
+from rlrnn.explain import left_to_prior
 from rlrnn.finished import load_model, same, save_model
 from rlrnn.meta import compare_with_prior
 from rlrnn.meta import tune as tune
@@ -394,8 +395,11 @@ def _fit(
         }
         save_model(run.folder / "model.zip", trainer, config_to_tree(config))
         run.artifact(run.folder / "model.zip", f"model-{run.folder.name}", "model")
+        rows = read_metrics(run.folder)
+        if left := left_to_prior(rows):
+            tqdm.write(left, file=sys.stderr)
         plot = plots.plot_fits(
-            {config.controller: read_metrics(run.folder)},
+            {config.controller: rows},
             run.folder / "fit.png",
             "fit",
         )
@@ -430,7 +434,8 @@ def _fit_row(
 
 def _moves(signals: Signals, knobs: Knobs, before: State, after: State) -> Summary:
     """What a controller set at these signals, and the rate that the prior would have
-    ended the interval with; of a player, its moves on the prior."""
+    ended the interval with; of a player, its moves on the prior, and whether and why
+    it left that alone (`control.Familiar`)."""
     alone = prior()
     by_prior, _ = alone(signals, alone.init(1))
     row = {f"decision/set_{name}": v.item() for name, v in vars(knobs).items()}
@@ -441,6 +446,12 @@ def _moves(signals: Signals, knobs: Knobs, before: State, after: State) -> Summa
         truncation = 2 ** (now["log2_k"] - then["log2_k"])
         row["decision/rate_factor"] = rate.item()
         row["decision/truncation_factor"] = truncation.item()
+        if "outside" in after["player"]:
+            (outside,) = after["player"]["outside"]
+            names = [FEATURES[i] for i in np.flatnonzero(outside)]
+            row["decision/fallback"] = float(bool(names))
+            if names:
+                row["decision/outside"] = "; ".join(names)
     return row
 
 
