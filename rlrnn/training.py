@@ -149,9 +149,9 @@ class Trainer(Ledger):
             if self.fast is not None:
                 self._train_at_once(self.fast, chunk, seen, last - number)
             else:
-                self._train(chunk, interval.truncation, seen, number == last)
+                self._train(chunk, interval.truncation, seen, last - number)
         if len(seen.losses) % self.config.accumulate:
-            seen.norms.append(self._update(interval.spans[-1]))
+            self._close(interval.spans[-1], seen)
         seen.watched["update_ratio"] = self._update_ratio(snapshot)
         signals = self.settle(interval, seen.read(self._probe()))
         if signals.recovered[0]:
@@ -176,16 +176,17 @@ class Trainer(Ledger):
         chunk: Chunk,
         truncation: int,
         seen: "_Seen",
-        last: bool,
+        following: int,
     ) -> None:
-        """One window: its gradient, and, each `accumulate` windows, an update."""
+        """One window: its gradient, and, each `accumulate` windows, an update.
+        `following` windows of the interval are left."""
         every = self.config.accumulate
-        before: list[Tensor] = []
         if len(seen.losses) % every == 0:
-            if last and seen.losses:
-                before = [p.grad for p in self.parameters if p.grad is not None]
+            # before the last full update, and before one of what is left over
+            if seen.losses and following < 2 * every - 1:
+                seen.before[:] = self._gradients()
             self.optimizer.zero_grad(set_to_none=True)
-        if last and watchable(self.source, len(chunk.x)):
+        if following == 0 and watchable(self.source, len(chunk.x)):
             loss, watched = self._watched_gradient(chunk)
             seen.watched.update(watched)
         else:
@@ -193,10 +194,17 @@ class Trainer(Ledger):
         seen.losses.append(loss)
         seen.due.append(chunk.due)
         if len(seen.losses) % every == 0:
-            if before:
-                now = [p.grad for p in self.parameters if p.grad is not None]
-                seen.watched["grad_cosine"] = _cosine(before, now)
-            seen.norms.append(self._update(len(chunk.x)))
+            self._close(len(chunk.x), seen)
+
+    def _close(self, steps: int, seen: "_Seen") -> None:
+        """The update of the windows so far. `grad_cosine` is that of an interval's last
+        two updates: of the mean gradients of their windows."""
+        if seen.before:
+            seen.watched["grad_cosine"] = _cosine(seen.before, self._gradients())
+        seen.norms.append(self._update(steps))
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def _train_at_once(
         self, fast: Fast, chunk: Chunk, seen: "_Seen", following: int
@@ -222,14 +230,17 @@ class Trainer(Ledger):
 
     def _gradient(self, chunk: Chunk, truncation: int) -> Tensor:
         """Adds one window's gradient; its loss. Whole sequences begin at zero, and
-        their state is detached each `truncation` steps."""
+        their state is detached each `truncation` steps; the longest truncation cuts
+        none, however long it is."""
         state, cuts = self.hidden, [len(chunk.x)]
         if self.source.whole:
             state = self.model.initial_state(chunk.x.shape[1])
-            if not self.model.config.bidirectional:
+            if not self.model.config.bidirectional and truncation < self._longest():
                 cuts = list(range(truncation, len(chunk.x), truncation)) + cuts
         parts, penalty, begin = [], state.new_zeros(()), 0
+        masks = self.generator.get_state()
         for cut in cuts:
+            self.generator.set_state(masks)  # a window's pieces have one dropout mask
             starts = None if chunk.starts is None else chunk.starts[begin:cut]
             y, out, state = self.model.read(chunk.x[begin:cut], state.detach(), starts)
             parts.append(out)
@@ -261,8 +272,10 @@ class Trainer(Ledger):
         halves: tuple[Any, Any] = (None, None)
         if chunk.starts is not None:
             halves = chunk.starts[:half], chunk.starts[half:]
+        masks = self.generator.get_state()
         y_1, first, middle = self.model.read(chunk.x[:half], carried, halves[0])
         middle.retain_grad()
+        self.generator.set_state(masks)  # the same ones for the second half
         y_2, second, state = self.model.read(chunk.x[half:], middle, halves[1])
         decay = self._decay(second, chunk, carried, middle)
         loss = self._loss(torch.cat((first, second)), chunk)
@@ -473,6 +486,7 @@ class _Seen:
     due: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)  # one per update
     watched: dict[str, Tensor] = field(default_factory=dict)
+    before: list[Tensor] = field(default_factory=list)  # gradients of the last update
 
     def read(self, probe: Tensor) -> Measured:
         """The one copy to the host of an interval."""

@@ -174,9 +174,56 @@ def test_like_lengths_are_together() -> None:
         assert source.typical(5) == pytest.approx(np.mean(spans))
         assert sum(spans) == 2 * source.length
     longest = [len(chunk.x) for chunk in windows(Batches(given, [0] * 400, 16))]
-    assert longest == sorted(longest)  # and no longer than the longest of a batch
-    lengths = sorted(map(len, given))
-    assert longest == [lengths[i] for i in range(15, 400, 16)]
+    lengths = sorted(map(len, given))  # no longer than the longest of a batch
+    assert sorted(longest) == [lengths[i] for i in range(15, 400, 16)]
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.7])
+def test_the_beginning_of_a_pass_without_a_seed_is_like_the_whole(share: float) -> None:
+    """What a probe reads of it: lengths of all kinds."""
+    lengths = np.random.default_rng(0).lognormal(3, 1, 400).astype(int) + 1
+    source = Batches([np.zeros(n) for n in lengths], [0] * 400, 16)
+    seen = np.concatenate(
+        [
+            chunk.mask.int().argmax(0).numpy() + 1
+            for chunk in list(windows(source))[: int(share * 25)]
+            if chunk.mask is not None
+        ]
+    )
+    for level in (0.2, 0.5, 0.8):
+        below = (seen <= np.quantile(lengths, level)).mean()
+        assert below == pytest.approx(level, abs=0.15)
+
+
+def test_missing_targets_are_not_due() -> None:
+    """A step is due if any of its numbers is there."""
+    nan = math.nan
+    goals = [np.array([[1.0, nan], [nan, nan], [nan, 2.0]]), np.array([[nan, nan]])]
+    given = [np.zeros((3, WIDTH)), np.zeros((1, WIDTH))]
+    frames = Batches(given, goals, 2).window(0, 3)
+    assert frames.mask is not None
+    rows = {tuple(column) for column in frames.mask.t().tolist()}
+    assert rows == {(True, False, True), (False, False, False)}
+    assert frames.due * frames.scale == 2
+    numbers = Batches(given, [nan, 0.5], 2).to(torch.device("cpu")).window(0, 3)
+    assert numbers.mask is not None and int(numbers.mask.sum()) == 1
+    assert numbers.due * numbers.scale == 1
+    out = torch.zeros(3, 2, 1)
+    assert float(Numbers(1).total(out, numbers.y, numbers.mask)) == 0.25
+    y = torch.tensor([[nan, 1.0], [2.0, nan], [nan, nan]]).unsqueeze(-1)
+    chunk = Streams(torch.zeros(3, 2, 1), y, mask=torch.ones(3, 2).bool()).window(0, 3)
+    assert chunk.mask is not None and torch.equal(chunk.mask, ~y.isnan().squeeze(-1))
+    assert chunk.due * chunk.scale == pytest.approx(2)
+
+
+def test_whole_numbers_in_vectors_are_features_and_labels() -> None:
+    """Piano rolls of integers: only [T] are symbols and classes."""
+    rolls: list[NDArray[Any]] = [
+        np.eye(WIDTH, dtype=np.int64),
+        np.ones((2, WIDTH), int),
+    ]
+    chunk = Batches(rolls, rolls, 2).window(0, WIDTH)
+    assert chunk.x.dtype == chunk.y.dtype == torch.float32
 
 
 def test_symbols_stay_symbols_and_a_move_keeps_all() -> None:
@@ -316,6 +363,48 @@ def test_a_short_truncation_cuts_the_gradient(truncation: int, both_ways: bool) 
     torch.testing.assert_close(losses[0], losses[1])
 
 
+@pytest.mark.parametrize("truncation", [1, 4, 7])
+def test_a_sequence_cut_into_pieces_has_one_dropout_mask(truncation: int) -> None:
+    """So a cut changes the gradient, but not what the model says."""
+    dropping = {"dropout": 0.4, "input_dropout": 0.3, "weight_drop": 0.3}
+    losses = []
+    for cut in (truncation, UNCUT):
+        t = trainer({"layers": 2, **dropping}, "frames")
+        # the second time with other masks
+        losses.append([t._gradient(window(t), cut) for _ in "ab"])
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0][0] != losses[0][1]
+
+
+def test_the_watched_window_has_one_dropout_mask() -> None:
+    t, other = (stream_trainer({"dropout": 0.4, "weight_drop": 0.3}) for _ in "ab")
+    chunk = t.source.window(0, 12)
+    loss, _ = t._watched_gradient(chunk)
+    torch.testing.assert_close(loss, other._gradient(chunk, 12))
+    close(gradient(t), gradient(other))
+
+
+def test_the_longest_truncation_cuts_no_sequence() -> None:
+    """One may be far longer than usual."""
+    rng = np.random.default_rng(0)
+    given = [rng.normal(size=(n, WIDTH)) for n in [5] * 40 + [100]]
+    source = Batches(given, [1] * 41, 1)
+    source.x = source.x.double()
+    built = trainer()
+    problem = Problem(Features(WIDTH), Classes(CLASSES), source, source, source, source)
+    t = Trainer(built.model, problem, built.config)
+    longest = int(t.start().truncation_max[0])
+    assert longest < 100
+    (chunk,) = (chunk for chunk in windows(source) if len(chunk.x) == 100)
+    found = []
+    for truncation in (longest, UNCUT, longest // 2):
+        t.optimizer.zero_grad()
+        t._gradient(chunk, truncation)
+        found.append([g.clone() for g in gradient(t)])
+    close(found[0], found[1])
+    assert not all(map(torch.equal, found[0], found[2]))
+
+
 def test_whole_sequences_meet_their_budget() -> None:
     t = trainer(kind="frames", epochs=30.0)
     assert t.budget == pytest.approx(30 * t.source.length * BATCH / 0.98)
@@ -419,6 +508,30 @@ def test_accumulated_windows_are_one_update_with_their_mean_gradient(
     close(weights(t), weights(plain))
     assert t.updates == math.ceil(count / accumulate)
     assert signals.grad_norm[0] == pytest.approx(np.exp(np.log(norms).mean()))
+
+
+@pytest.mark.parametrize("data", list(TRAINERS))
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_the_cosine_is_that_of_the_last_two_updates(data: str, accumulate: int) -> None:
+    """With sgd, of the last two moves of the weights."""
+    t = TRAINERS[data](accumulate=accumulate, budget=20_000.0)
+    t.start()
+    moves: list[Tensor] = []
+    update = t._update
+
+    def noted(steps: int) -> Tensor:
+        before = weights(t)
+        norm = update(steps)
+        pairs = zip(before, weights(t), strict=True)
+        moves.append(torch.cat([(b - a).flatten() for a, b in pairs]))
+        return norm
+
+    t._update = noted  # type: ignore[method-assign]
+    t.fast = None
+    for _ in range(4):
+        signals = t.step(knobs(0.2))
+        cosine = F.cosine_similarity(moves[-2], moves[-1], dim=0)
+        assert signals.grad_cosine[0] == pytest.approx(float(cosine), abs=1e-6)
 
 
 @pytest.mark.parametrize("watched", [False, True])

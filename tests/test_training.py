@@ -80,7 +80,7 @@ def embedding(t: Trainer) -> Tensor:
 
 def window(t: Trainer, steps: int, watched: bool = False) -> None:
     """One window of the data: a gradient and an update."""
-    t._train(t.next_chunk(steps), steps, _Seen(), watched)
+    t._train(t.next_chunk(steps), steps, _Seen(), 0 if watched else 1)
 
 
 def knobs(lr: float, truncation: int = 8, lr_end: float | None = None) -> Knobs:

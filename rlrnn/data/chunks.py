@@ -84,7 +84,8 @@ class Streams:
     """N steps of B streams, read in windows that wrap around the end.
 
     Args: as in `Chunk`, with N in place of K. Every stream begins a sequence at its
-    first step, so `starts=None` means that it begins there and nowhere else.
+    first step, so `starts=None` means that it begins there and nowhere else. Where all
+    targets are missing (NaN) nothing is due.
     """
 
     whole = False
@@ -100,6 +101,9 @@ class Streams:
             starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         starts = starts.clone()
         starts[0] = True
+        missing = _missing(y, 2)
+        if missing is not None:
+            mask = ~missing if mask is None else mask & ~missing
         self.x, self.y, self.starts, self.mask = x, y, starts, mask
         self.length, self.batch = x.shape[:2]
         # The share of positions at which a loss is due: a constant of the data set.
@@ -152,18 +156,24 @@ class Streams:
         return self.x[a:b], self.y[a:b], self.starts[a:b], mask
 
 
+PROBE_BATCH = 16  # small, so that a probe of few tokens has several lengths
+
+
 class Batches:
     """Whole sequences of any length, those of like length in one padded batch.
 
-    Each pass draws its batches anew, from `seed` and its number; seed None: always by
-    length. Like means within 15 %: batches of one length alone would often be of one
-    class or one speaker. Padding begins with a start, so that a pass backwards in time
-    finds where each sequence ends. The data lie end to end on the device, unpadded.
+    Each pass draws its batches anew, from `seed` and its number. Like means within
+    15 %: batches of one length alone would often be of one class or one speaker. Seed
+    None: always the same ones, by length, in an order of which any beginning has
+    lengths of all kinds, so that a probe may read a part. Padding begins with a start,
+    so that a pass backwards in time finds where each sequence ends. The data lie end to
+    end on the device, unpadded.
 
     Args:
-        sequences: features [T, D] or symbols [T], each with its own T.
+        sequences: features [T, D] or symbols [T] (int), each with its own T.
         targets: for each sequence a class, or a number (y is then [T, B, 1]), or its
-            frames' targets [T, ...], or, with `ctc`, its labels [S].
+            frames' targets [T, ...], or, with `ctc`, its labels [S]. Where all are
+            missing (NaN) nothing is due.
         batch: sequences in a batch.
         ctc: targets are shorter than sequences, and not aligned with them.
     """
@@ -189,9 +199,14 @@ class Batches:
         self.x = _end_to_end([np.asarray(sequence) for sequence in sequences])
         self.y = _end_to_end(goals)
         self.lengths = np.array([len(sequence) for sequence in sequences])
-        self.dues = np.array([len(goal) for goal in goals])  # losses each asks for
+        sizes = np.array([len(goal) for goal in goals])
         self.x_begins = np.cumsum(self.lengths) - self.lengths
-        self.y_begins = np.cumsum(self.dues) - self.dues
+        self.y_begins = np.cumsum(sizes) - sizes
+        self.missing = _missing(self.y, 1)
+        self.dues = sizes  # losses that each asks for
+        if self.missing is not None:
+            absent = self.missing.numpy().astype(np.int64)
+            self.dues = sizes - np.add.reduceat(absent, self.y_begins)
         self.rank = self.lengths if seed is None else _rounded_up(self.lengths)
         cuts = range(batch, len(self.rank) + batch, batch)
         # The time steps of each batch: the same ones in each pass.
@@ -203,6 +218,7 @@ class Batches:
     def to(self, device: torch.device) -> "Batches":
         moved = copy.copy(self)
         moved.x, moved.y = self.x.to(device), self.y.to(device)
+        moved.missing = None if self.missing is None else self.missing.to(device)
         return moved
 
     def fingerprint(self) -> int:
@@ -222,7 +238,7 @@ class Batches:
 
     def _draw(self, lap: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """A pass: sequences, those of a batch side by side; the order of batches."""
-        order, numbers = np.arange(len(self.rank)), np.arange(len(self.spans))
+        order, numbers = np.arange(len(self.rank)), _spread(len(self.spans))
         if self.seed is not None:
             rng = np.random.default_rng(seeding.derive(self.seed, "pass", lap))
             order, numbers = rng.permutation(order), rng.permutation(numbers)
@@ -255,6 +271,8 @@ class Batches:
         else:
             y = self.y[at]
         mask = step == ends - 1 if self.one else inside
+        if self.missing is not None:
+            mask = mask & ~self.missing[first if self.one else at]
         due = float(self.dues[members].sum() / self.scale)
         return Chunk(x, y, starts, mask, self.scale, due)
 
@@ -263,10 +281,25 @@ class Batches:
 
 
 def _end_to_end(arrays: Sequence[NDArray[Any]]) -> Tensor:
-    """One after the other, as int64 or float32."""
-    whole = arrays[0].dtype.kind in "iub"
+    """One after the other, [N] of whole numbers as int64, all others as float32."""
+    whole = arrays[0].dtype.kind in "iub" and arrays[0].ndim == 1
     joined = np.concatenate(arrays).astype(np.int64 if whole else np.float32)
     return torch.from_numpy(joined)
+
+
+def _missing(y: Tensor, leading: int) -> Tensor | None:
+    """Where no target is there, in y of so many leading dimensions; None: nowhere."""
+    if not y.is_floating_point():
+        return None
+    missing = y.isnan().flatten(leading).all(-1) if y.dim() > leading else y.isnan()
+    return missing if missing.any() else None
+
+
+def _spread(count: int) -> NDArray[np.int64]:
+    """0 to count - 1, in an order of which any beginning lies evenly among them: that
+    of the multiples of the golden ratio, without their whole part."""
+    golden = (1 + math.sqrt(5)) / 2
+    return np.argsort(np.argsort((0.5 + golden * np.arange(count)) % 1))
 
 
 def _rounded_up(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

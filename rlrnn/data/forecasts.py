@@ -50,9 +50,8 @@ def predicted(
     width = 1 if format["channels"] == "apart" else variables
     points, quantiles = [], []
     with evaluating(model):
-        for chunk, out in outputs(model, windows, windows.length):
-            assert chunk.mask is not None
-            out = out[chunk.mask[:, 0]]  # the last step of each window
+        for _, out in outputs(model, windows, windows.length):
+            out = out[windows.shape.steps - 1 :: windows.shape.steps]  # the last steps
             points.append(objective.point(out).cpu())
             if levels:
                 quantiles.append(objective.intervals(out, tuple(levels)).cpu())

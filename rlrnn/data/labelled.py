@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rlrnn import seeding
 from rlrnn.checks import at_least, one_of
-from rlrnn.data.chunks import Batches, Features, Problem
+from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
 from rlrnn.data.files import DataError, Paths, find, read_bytes
 from rlrnn.evaluation import tally
 from rlrnn.objectives import Classes, Numbers
@@ -288,7 +288,8 @@ def labelled_problem(
         xs = [encode_labelled(sequence, format) for sequence in parts[name]]
         ys = [encode_label(sequence, format) for sequence in parts[name]]
         order = seeding.derive(seed, "order") if name == "train" else None
-        return Batches(xs, ys, batch if name == "train" else 64, order)
+        size = {"train": batch, "probe": PROBE_BATCH}.get(name, 64)
+        return Batches(xs, ys, size, order)
 
     sources = {name: source(name) for name in ("train", "probe", "valid", "test")}
     channels = len(format["mean"])

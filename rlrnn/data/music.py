@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from rlrnn import seeding
 from rlrnn.checks import at_least
-from rlrnn.data.chunks import Batches, Features, Problem
+from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
 from rlrnn.data.files import DataError, Paths, find, read_bytes
 from rlrnn.objectives import Labels
 
@@ -207,7 +207,8 @@ def music_problem(
         order = seeding.derive(seed, "order") if name == "train" else None
         rolls = parts[name]
         xs, ys = [roll[:-1] for roll in rolls], [roll[1:] for roll in rolls]
-        return Batches(xs, ys, batch if name == "train" else 32, order)
+        size = {"train": batch, "probe": PROBE_BATCH}.get(name, 32)
+        return Batches(xs, ys, size, order)
 
     return Problem(
         inputs=Features(KEYS),

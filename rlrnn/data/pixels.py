@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rlrnn import seeding
 from rlrnn.checks import one_of
-from rlrnn.data.chunks import Batches, Features, Problem
+from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
 from rlrnn.data.files import DataError, Paths, find, read_bytes
 from rlrnn.objectives import Classes
 
@@ -118,12 +118,11 @@ def pixels_problem(
             raise DataError(
                 f"the {name} part has class {labels.max()}, which training has not"
             )
-        training = name == "train"
         return Batches(
             list(encode_images(images, format)),
             list(labels),
-            batch if training else 100,
-            seeding.derive(seed, "order") if training else None,
+            {"train": batch, "probe": PROBE_BATCH}.get(name, 100),
+            seeding.derive(seed, "order") if name == "train" else None,
         )
 
     inputs = train[0].shape[2] if options.order == "rows" else 1

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from rlrnn import seeding
 from rlrnn.checks import at_least, one_of
 from rlrnn.data.audio import Reader, Wave, log_mel, recordings, resample, with_deltas
-from rlrnn.data.chunks import Batches, Features, Problem
+from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
 from rlrnn.data.files import DataError, Paths, expand, read_bytes
 from rlrnn.evaluation import evaluating, outputs
 from rlrnn.objectives import Classes, Ctc, edit_distance
@@ -229,10 +229,10 @@ def speech_problem(
     def source(name: str) -> Batches:
         xs = [(x - format["mean"]) / format["scale"] for x in features[name]]
         ys = [encode_text(recording, format) for recording in parts[name]]
-        train = name == "train"
-        order = seeding.derive(seed, "order") if train else None
+        order = seeding.derive(seed, "order") if name == "train" else None
         targets = ys if ctc else [y[0] for y in ys]
-        return Batches(xs, targets, batch if train else 64, order, ctc)
+        size = {"train": batch, "probe": PROBE_BATCH}.get(name, 64)
+        return Batches(xs, targets, size, order, ctc)
 
     sources = {name: source(name) for name in ("train", "probe", "valid", "test")}
     make = Ctc if ctc else Classes

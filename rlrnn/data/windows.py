@@ -94,12 +94,15 @@ class Windows:
         self.batch = min(batch, count)
         self.places = count // self.batch if seed is not None else -(-count // batch)
         self.length = self.places * shape.steps
+        self._there = self._with_targets()
         self.density = 1.0 if shape.every else 1 / shape.steps
+        if self._there is not None:
+            self.density *= float(self._there.mean())
         device = begins.device
         self._segment = torch.arange(shape.patch, device=device)
         self._horizon = torch.arange(shape.horizon, device=device)
         self.anchors = self._anchors()  # [W, V]
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:
         return len(self.begins)
@@ -134,8 +137,20 @@ class Windows:
             return (total / lookback).to(values.dtype)
         return values.new_zeros(len(self.begins), values.shape[1])
 
-    def _order(self, lap: int) -> Int[Tensor, "places B"]:
-        """The window at each place of the streams; past the last one, that one."""
+    def _with_targets(self) -> NDArray[np.bool_] | None:
+        """Whether any target follows the steps of each window at which a forecast is
+        due, [W, L] or [W, 1]; None: everywhere, or, where all is to come, nowhere."""
+        shape = self.shape
+        known = (~self.panel.targets.isnan()).any(1).cpu().numpy()
+        counts = np.concatenate(([0], np.cumsum(known)))
+        steps = np.arange(1 if shape.every else shape.steps, shape.steps + 1)
+        at = self.begins.cpu().numpy()[:, None] + steps * shape.patch
+        there: NDArray[np.bool_] = counts[at + shape.horizon] > counts[at]
+        return there if there.any() and not there.all() else None
+
+    def _order(self, lap: int) -> NDArray[np.int64]:
+        """[places, B], on the host: the window at each place of the streams; past the
+        last one, that one."""
         key = 0 if self.seed is None else lap
         if key not in self._orders:
             room = self.places * self.batch
@@ -144,8 +159,7 @@ class Windows:
             else:
                 rng = np.random.default_rng(seeding.derive(self.seed, "pass", lap))
                 order = rng.permutation(len(self))[:room]
-            shaped = torch.from_numpy(order.reshape(self.places, self.batch))
-            self._orders = {key: shaped.to(self.begins.device)}
+            self._orders = {key: order.reshape(self.places, self.batch)}
         return self._orders[key]
 
     def window(self, t: int, steps: int) -> Chunk:
@@ -153,10 +167,10 @@ class Windows:
         at = np.arange(t, t + steps)
         first, last = t // length, (t + steps - 1) // length
         laps = [divmod(number, self.places) for number in range(first, last + 1)]
-        chosen = torch.stack([self._order(lap)[place] for lap, place in laps])
-        place, phase = at // length - first, at % length
+        rows = np.stack([self._order(lap)[place] for lap, place in laps])
+        chosen, phase = rows[at // length - first], at % length  # [K, B], [K]
         device = self.begins.device
-        window = chosen[torch.from_numpy(place).to(device)]  # [K, B]
+        window = torch.from_numpy(chosen).to(device)
         x = self._inputs(window, torch.from_numpy(phase).to(device))
         ends = (
             np.arange(steps)
@@ -164,7 +178,7 @@ class Windows:
             else np.flatnonzero(phase == length - 1)
         )
         y = self._due(window, phase, ends)
-        due, mask = self._mask(ends, at // length, steps)
+        due, mask = self._mask(ends, at // length, chosen, phase)
         starts = None
         if (phase == 0).any():
             begin = torch.from_numpy(phase == 0).to(device)
@@ -215,14 +229,21 @@ class Windows:
         return y
 
     def _mask(
-        self, ends: NDArray[np.int64], numbers: NDArray[np.int64], steps: int
+        self,
+        ends: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+        chosen: NDArray[np.int64],
+        phase: NDArray[np.int64],
     ) -> tuple[float, Tensor | None]:
         """How many losses are due, and where; None: everywhere."""
         room = self.places * self.batch - len(self)  # places past the last window
-        if room <= 0 and self.shape.every:
-            return float(steps * self.batch), None
-        mask = np.zeros((steps, self.batch), bool)
+        if room <= 0 and self.shape.every and self._there is None:
+            return float(chosen.size), None
+        mask = np.zeros(chosen.shape, bool)
         mask[ends] = True
+        if self._there is not None:
+            column = phase[ends, None] % self._there.shape[1]
+            mask[ends] = self._there[chosen[ends], column]
         if room > 0:
             final = numbers % self.places == self.places - 1
             mask[final, self.batch - room :] = False
