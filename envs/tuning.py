@@ -124,6 +124,8 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
         if terminated:
             length = self.trainer.decision
             info["episode"] = {"r": self.reward_sum, "l": length, "t": 0.0}
+            assert self.task is not None
+            info["family"] = self.task.family
         return observation[0], reward, terminated, False, info
 
     def _info(self, knobs: Knobs | None = None) -> dict[str, Any]:

@@ -258,6 +258,10 @@ class TuneConfig:
         algorithm: ppo, or es, evolution strategies: a rollout is then an episode of
             each of the envs, and of the agent's options cell, hidden_size, layers,
             net_arch, anneal and normalize apply.
+        validate_every: updates after which the likeliest actions are compared with the
+            prior; the best policy so far is the one that is kept.
+        validation_tasks: on which this is done, the same each time; none, and the last
+            policy is kept.
         eval_tasks: fresh tasks on which controller and prior are compared at the end.
         ablation: none, or what the agent does without, to see what that is worth:
             open_loop (all but the share of the budget that is spent), rate_only and
@@ -277,6 +281,8 @@ class TuneConfig:
     envs: int = 16
     group: int = 8
     algorithm: Algorithm = "ppo"
+    validate_every: int = 12
+    validation_tasks: int = 16
     eval_tasks: int = 24
     ablation: Ablation = "none"
     agent: AgentConfig = field(
@@ -299,12 +305,13 @@ class TuneConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "envs", "checkpoint_every"):
+        for name in ("episodes", "envs", "validate_every", "checkpoint_every"):
             at_least(name, getattr(self, name), 1)
         for name in ("hidden_sizes", "batches"):
             at_least(f"tasks.{name}", min(getattr(self.tasks, name)), 1)
         at_least("tasks.decisions", self.tasks.decisions, 6)
         _check_common(self)
+        at_least("validation_tasks", self.validation_tasks, 0)
         at_least("eval_tasks", self.eval_tasks, 0)
         one_of("ablation", self.ablation, Ablation)
         one_of("algorithm", self.algorithm, Algorithm)

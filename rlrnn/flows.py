@@ -34,6 +34,7 @@ from rlrnn.agents.masking import (
 )
 from rlrnn.agents.vector import TensorVecEnv
 from rlrnn.baselines import UNLEARNED
+from rlrnn.comparison import compare_with_prior
 from rlrnn.config import FitConfig, TrainConfig, TuneConfig
 from rlrnn.control import FEATURES, Controller, Knobs, Signals, State, prior
 from rlrnn.costs import in_tokens, tokens_per_second
@@ -43,7 +44,6 @@ from rlrnn.envs.tuning import log_loss
 from rlrnn.evaluation import inference_speed, score, tally
 from rlrnn.explain import left_to_prior
 from rlrnn.finished import load_model, same, save_model
-from rlrnn.meta import compare_with_prior
 from rlrnn.meta import tune as tune
 from rlrnn.models import SequenceModel
 from rlrnn.objectives import Classes
@@ -499,9 +499,15 @@ def _evaluate(folder: Path, config: Config) -> Summary:
         return _evaluate_model(folder, config)
     path = finished("controller.zip")
     scores = compare_with_prior(
-        load_controller(path), config.tasks, config.eval_tasks, config.seed, True
+        load_controller(path),
+        config.tasks,
+        config.eval_tasks,
+        config.seed,
+        config.device,
+        progress=True,
     )
-    return {**controller_card(path), **scores}
+    figures = {**controller_card(path), **scores}
+    return {k: v for k, v in figures.items() if not isinstance(v, (dict, list))}
 
 
 def _evaluate_model(folder: Path, config: FitConfig) -> Summary:

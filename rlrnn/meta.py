@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
-from tqdm.auto import tqdm
 
 from rlrnn import __version__, plots, seeding
 from rlrnn.agents import RecurrentPPO
 from rlrnn.agents.controller import initial_logits, learned, save_controller
 from rlrnn.agents.evolution import EvolutionStrategies
+from rlrnn.agents.policies import RecurrentPolicy
+from rlrnn.card import card_text
+from rlrnn.comparison import Played, by_family, compare_with_prior, gain, play
 from rlrnn.config import TuneConfig
 from rlrnn.control import NO_OP, Controller, prior
 from rlrnn.device import resolve_device
@@ -25,7 +27,6 @@ from rlrnn.envs.together import TuningVecEnv
 from rlrnn.envs.tuning import GroupBaseline, TuningEnv
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
-from rlrnn.population import Population
 from rlrnn.running import (
     Keeper,
     Stopped,
@@ -42,7 +43,6 @@ from rlrnn.running import (
 )
 from rlrnn.tasks import DataConfig, Task, Tasks, build_trainer
 from rlrnn.tracking import Run, read_metrics
-from rlrnn.training import Trainer
 
 
 def _tuning_envs(config: TuneConfig) -> TuningVecEnv:
@@ -59,31 +59,100 @@ def _tuning_envs(config: TuneConfig) -> TuningVecEnv:
 class _TuningLog(BaseCallback):
     """Counts finished training runs, and logs what their losses did."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: int) -> None:
         super().__init__()
+        self.group = group
         self.episodes = 0
-        self.falls: list[float] = []
+        self.falls: list[tuple[str, float]] = []  # of the log loss, and in which family
 
     def _on_step(self) -> bool:
-        for info in self.locals["infos"]:
+        infos = self.locals["infos"]
+        for info in infos:
             if "episode" in info:
                 self.episodes += 1
-                self.falls.append(info["episode"]["r"])
+                self.falls.append((info["family"], info["episode"]["r"]))
                 failed = info["signals"]["failed"]
                 self.logger.record_mean("tune/failed", failed)
             signals = info["signals"]
             self.logger.record_mean("tune/truncation", signals["truncation"])
             self.logger.record_mean("tune/recovered", signals["recovered"])
+        if all("episode" in info for info in infos):
+            falls = np.array([info["episode"]["r"] for info in infos])
+            spread = falls.reshape(-1, self.group).std(1).mean()
+            self.logger.record_mean("tune/group_spread", float(spread))
         no_op = (np.asarray(self.locals["actions"]) == np.array(NO_OP)).mean(0)
         self.logger.record_mean("tune/no_op_rate", float(no_op[0]))
         self.logger.record_mean("tune/no_op_truncation", float(no_op[1]))
         return True
 
     def _on_rollout_end(self) -> None:
+        for family, fall in self.falls:
+            self.logger.record_mean("tune/log_loss_fall", fall)
+            self.logger.record_mean(f"tune/log_loss_fall/{family}", fall)
         if self.falls:
-            self.logger.record("tune/log_loss_fall", float(np.mean(self.falls)))
             self.logger.record("episodes", self.episodes)
-            self.falls = []
+        self.falls = []
+
+
+class _Validation:
+    """The likeliest actions of the policy on its way against the prior, now and then,
+    on tasks that it never learns on, the same each time."""
+
+    def __init__(
+        self, config: TuneConfig, run: Run, stopped: Callable[[], int]
+    ) -> None:
+        self.config, self.run, self.stopped = config, run, stopped
+        rng = np.random.default_rng(seeding.derive(config.seed, "validation tasks"))
+        self.tasks = [config.tasks.draw(rng) for _ in range(config.validation_tasks)]
+        self.prior: Played | None = None
+        self.updates = 0  # when it was last done
+        self.best = -math.inf
+        self.seconds = 0.0
+
+    def __call__(
+        self, policy: RecurrentPolicy, updates: int, place: dict[str, int], last: bool
+    ) -> float | None:
+        """The mean fall of the log loss below the prior's, if it is time for it; logged
+        with `place`. Nothing is remembered of one that was stopped."""
+        due = last or (updates > 0 and updates % self.config.validate_every == 0)
+        if not (due and self.tasks) or updates == self.updates:
+            return None
+        began = time.monotonic()
+        its = self._play(prior()) if self.prior is None else self.prior
+        mine = self._play(learned(policy, self.config.ablation))
+        if self.stopped():
+            return None
+        self.prior, self.updates = its, updates
+        falls = np.log(its.losses / mine.losses)
+        row = {f"tune/{name}": value for name, value in gain(falls).items()}
+        for family, part in by_family(self.tasks, falls).items():
+            row[f"tune/loss_below_prior/{family}"] = gain(part)["loss_below_prior"]
+        self.run.log({**place, **row})
+        self.run.flush()
+        score = float(falls.mean())
+        if score > self.best:
+            self.best = score
+            names = [task.family for task in self.tasks]
+            path = plots.plot_traces(names, mine, its, self.run.folder / "traces.png")
+            self.run.image("traces", path)
+        self.seconds += time.monotonic() - began
+        return score
+
+    def _play(self, controller: Controller) -> Played:
+        return play(self.tasks, controller, self.config.device, self.stopped)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prior": None if self.prior is None else vars(self.prior),
+            "updates": self.updates,
+            "best": self.best,
+            "time/seconds": self.seconds,
+        }
+
+    def load_state_dict(self, tree: dict[str, Any]) -> None:
+        self.prior = None if tree["prior"] is None else Played(**tree["prior"])
+        self.updates, self.best = tree["updates"], tree["best"]
+        self.seconds = tree["time/seconds"]
 
 
 def tune(
@@ -92,7 +161,8 @@ def tune(
     progress: bool = True,
 ) -> Summary:
     """Flow 3: flow 1 on the tuning environment. Writes `controller.zip`, for
-    `fit --controller`, and `tuning.png`.
+    `fit --controller`, its model card `card.md`, the curve `tuning.png`, and
+    `traces.png`, what the controller did on validation tasks.
 
     `resume` and errors as in `train`.
     """
@@ -148,23 +218,30 @@ def _tune(
     stopped: Callable[[], int],
 ) -> Summary:
     agent = _player(config, envs)
-    log = _TuningLog()
+    log, validation = _TuningLog(config.group), _Validation(config, run, stopped)
+    steps = config.episodes * config.tasks.decisions
 
     def tree() -> dict[str, Any]:
         return {
             "agent": agent.state_dict(),
             "envs": envs.env_method("state_dict"),
             "episodes": log.episodes,
-            "falls": log.falls,
+            "validation": validation.state_dict(),
             "time/seconds": earlier + time.monotonic() - began,
         }
 
+    def judge(updates: int) -> float | None:
+        played = agent.num_timesteps
+        place = {"env_steps": played, "episodes": log.episodes}
+        return validation(agent.policy, updates, place, played >= steps)
+
     began, earlier = time.monotonic(), 0.0
-    keeper = Keeper(run, config.checkpoint_every, tree, stopped)
+    keeper = Keeper(run, config.checkpoint_every, tree, stopped, judge)
     if saved is not None:
         flow = saved["flow"]
         earlier = flow["time/seconds"]
-        log.episodes, log.falls = flow["episodes"], flow["falls"]
+        log.episodes = flow["episodes"]
+        validation.load_state_dict(flow["validation"])
         agent.load_state_dict(flow["agent"])
         if isinstance(agent, RecurrentPPO):  # which would begin new episodes
             agent._last_obs = flow["agent"]["last_obs"]
@@ -173,14 +250,19 @@ def _tune(
         for rank, state in enumerate(flow["envs"]):
             envs.env_method("load_state_dict", state, indices=rank)
         keeper.restore(saved, agent.num_timesteps)
-    steps = config.episodes * config.tasks.decisions
     learn(run, agent, steps, keeper, [log], progress)
     seconds = earlier + time.monotonic() - began
+    episodes = log.episodes
+    if run.checkpoints.best_step() is not None:
+        best = run.checkpoints.best()[1]["tree"]["flow"]
+        agent.policy.load_state_dict(best["agent"]["policy"])
+        episodes = best["episodes"]
     scores = compare_with_prior(
         learned(agent.policy, config.ablation),
         config.tasks,
         config.eval_tasks,
         config.seed,
+        config.device,
         progress,
         stopped,
     )
@@ -188,22 +270,28 @@ def _tune(
         raise Stopped(number, run.folder)
     card = {
         "command": _command(config),
+        "algorithm": config.algorithm,
+        "ablation": config.ablation,
+        "tasks": dataclasses.asdict(config.tasks),
         "episodes": log.episodes,
+        "episodes_of_best": episodes,
         "seed": config.seed,
         "rlrnn": __version__,
         "torch": torch.__version__,
         **scores,
-        "time/hours": round(seconds / 3600, 3),
+        "time/hours": round((seconds - validation.seconds) / 3600, 3),
+        "time/validation_hours": round(validation.seconds / 3600, 3),
     }
     path = run.folder / "controller.zip"
     kwargs = {**agent.policy_kwargs, "seed": config.seed}
     save_controller(path, agent.policy, kwargs, card, config.ablation)
+    (run.folder / "card.md").write_text(card_text(card), encoding="utf-8")
     run.artifact(path, f"controller-{run.folder.name}", "model")
     plot = plots.plot_tuning(read_metrics(run.folder), run.folder / "tuning.png")
     run.image("tuning", plot)
-    summary = {**card, "time/seconds": seconds}
-    run.summary(summary)
-    return returned(summary, run)
+    summary = {k: v for k, v in card.items() if not isinstance(v, dict)}
+    run.summary({**summary, "time/seconds": seconds})
+    return returned({**summary, "time/seconds": seconds}, run)
 
 
 def _command(config: TuneConfig) -> str:
@@ -216,49 +304,3 @@ def _command(config: TuneConfig) -> str:
             if dataclasses.replace(config, run=shipped.run) == shipped:
                 return f"rlrnn tune --config {name}"
     return "rlrnn tune --config RUN/config.yaml"
-
-
-def run_tasks(
-    tasks: Sequence[Task], controller: Controller, device: str = "cpu"
-) -> list[Trainer]:
-    """Tasks trained to the end under a controller, side by side."""
-    trainers = [build_trainer(task, device) for task in tasks]
-    population, state = Population(trainers), controller.init(len(trainers))
-    signals = population.start(controller.range_test)
-    while not population.done.all():
-        knobs, state = controller(signals, state)
-        signals = population.step(knobs)
-    population.sync()
-    return trainers
-
-
-def compare_with_prior(
-    controller: Controller,
-    tasks: Tasks,
-    count: int,
-    seed: int,
-    progress: bool = False,
-    stopped: Callable[[], int] = lambda: 0,
-) -> dict[str, float | int]:
-    """Validation losses under `controller` and under the prior, on `count` tasks that
-    were drawn for this alone: how much lower on average, and how often lower. Nothing
-    once `stopped` says so."""
-    rng = np.random.default_rng(seeding.derive(seed, "evaluation tasks"))
-    falls: list[float] = []
-    hide = None if progress else True  # None: not on a terminal
-    with tqdm(total=count, desc="compare with the prior", disable=hide) as bar:
-        while len(falls) < count and not stopped():
-            drawn = [tasks.draw(rng) for _ in range(min(16, count - len(falls)))]
-            nats = [
-                [trainer.score("valid")["nats"] for trainer in run_tasks(drawn, player)]
-                for player in (controller, prior())
-            ]
-            falls += np.log(np.array(nats[1]) / np.array(nats[0])).tolist()
-            bar.update(len(drawn))
-    if not falls or stopped():
-        return {}
-    return {
-        "eval_tasks": count,
-        "eval_loss_below_prior": float(1 - math.exp(-np.mean(falls))),
-        "eval_share_below_prior": float(np.mean(np.array(falls) > 0)),
-    }

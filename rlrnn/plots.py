@@ -132,12 +132,58 @@ def plot_decisions(rows: Rows, path: Path, title: str) -> Path:
 
 
 def plot_tuning(rows: Rows, path: Path) -> Path:
-    """Meta-training: what an episode gains on its prior's loss, over episodes."""
-    figure, (axis,) = _figure(1, 4)
-    axis.plot(*_series(rows, "episodes", "tune/log_loss_fall"))
-    axis.set(xlabel="training runs played", ylabel="mean log(first / last probe loss)")
-    axis.set_title("meta-training (sampled actions)")
-    axis.grid(alpha=0.3)
+    """Meta-training over episodes: what they gain on their first loss, and how far the
+    likeliest actions are below the prior's loss, with the standard error."""
+    figure, (gained, below) = _figure(2, 7)
+    gained.plot(*_series(rows, "episodes", "tune/log_loss_fall"))
+    gained.set(ylabel="mean log(first / last probe loss)")
+    gained.set_title("meta-training (sampled actions)")
+    name = "tune/loss_below_prior"
+    episodes, share = _series(rows, "episodes", name)
+    validations = [row for row in rows if name in row]
+    errors = [float(row.get(f"{name}_error", 0.0)) for row in validations]
+    below.errorbar(
+        episodes,
+        [100 * x for x in share],
+        [100 * x for x in errors],
+        marker="o",
+        capsize=3,
+    )
+    below.axhline(0.0, color="black", linewidth=0.8)  # the prior
+    below.set(xlabel="training runs played", ylabel="loss below the prior's (%)")
+    below.set_title("validation tasks (likeliest actions)")
+    for axis in (gained, below):
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_traces(names: Sequence[str], mine: Any, prior: Any, path: Path) -> Path:
+    """Example runs, a column each, the first of each name: probe loss, rate and K over
+    decisions, under a controller and its prior (`rlrnn.comparison.Played`)."""
+    from matplotlib.figure import Figure
+
+    shown = [names.index(name) for name in sorted(set(names))][:6]
+    figure = Figure(figsize=(2 + 2.5 * len(shown), 7), layout="constrained")
+    axes = figure.subplots(3, len(shown), sharex=True, squeeze=False)
+    panels = (
+        ("probe_loss", "probe loss"),
+        ("lr", "learning rate"),
+        ("truncation", "truncation K (steps)"),
+    )
+    for column, task in enumerate(shown):
+        axes[0, column].set_title(names[task], fontsize=9)
+        axes[-1, column].set_xlabel("decision")
+        for axis, (key, label) in zip(axes[:, column], panels, strict=True):
+            for who, played in (("prior", prior), ("controller", mine)):
+                values = vars(played)[key][1:, task]
+                style = "steps-mid" if key == "truncation" else "default"
+                axis.plot(range(1, len(values) + 1), values, label=who, drawstyle=style)
+            axis.set_yscale("log", base=2 if key == "truncation" else 10)
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(label)
+    axes[0, 0].legend()
     figure.savefig(path, dpi=120)
     return path
 

@@ -215,7 +215,8 @@ class Keeper(BaseCallback):
     """Between two updates: writes the pending figures and saves now and then.
 
     When a signal asked for a stop, what is saved is the moment before the rollout that
-    was cut off, which the resumed run then plays again.
+    was cut off, which the resumed run then plays again. `judge` is called with the
+    number of updates; if it gives a score, that moment is saved under it.
     """
 
     def __init__(
@@ -224,9 +225,11 @@ class Keeper(BaseCallback):
         every: int,
         tree: Callable[[], dict[str, Any]],
         stopped: Callable[[], int],
+        judge: Callable[[int], float | None] = lambda updates: None,
     ) -> None:
         super().__init__()
         self.run, self.every, self.tree, self.stopped = run, every, tree, stopped
+        self.judge = judge
         self.updates = 0
         self.steps = 0  # played when the last update was complete
         self.moment: dict[str, Any] = {}  # all that there was then
@@ -243,13 +246,14 @@ class Keeper(BaseCallback):
             self.updates += 1
             self.logger.dump(steps)
         self.steps = steps
+        score = self.judge(self.updates)
         self.moment = copy.deepcopy({"flow": self.tree(), "updates": self.updates})
-        if self.stopped() or self.updates % self.every == 0:
-            self.save()
+        if score is not None or self.stopped() or self.updates % self.every == 0:
+            self.save(score)
 
-    def save(self) -> None:
-        if self.saved_steps != self.steps:
-            self.run.checkpoint(self.steps, self.moment)
+    def save(self, score: float | None = None) -> None:
+        if self.saved_steps != self.steps or score is not None:
+            self.run.checkpoint(self.steps, self.moment, score)
             self.saved_steps = self.steps
 
     def _on_step(self) -> bool:

@@ -142,6 +142,12 @@ class Task:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     seed: int = 0
 
+    @property
+    def family(self) -> str:
+        """Kind of data, cell and family of the optimiser, as `text-lstm-adam`."""
+        optimizer = "adam" if self.training.power < 1 else "sgd"
+        return f"{self.data.kind}-{self.model.cell}-{optimizer}"
+
 
 def build_problem(task: Task, device: torch.device | None = None) -> Problem:
     """The task's data, on the CPU; what is computed from them, on `device`. Raises

@@ -44,6 +44,8 @@ TUNE = TuneConfig(
     episodes=8,
     envs=4,
     group=2,
+    validate_every=2,
+    validation_tasks=1,
     eval_tasks=1,
     agent=replace(AGENT, n_steps=4, batch_size=8, gamma=1.0),
     checkpoint_every=2,
@@ -364,7 +366,7 @@ def test_a_run_has_its_files(finished: Any, kind: str) -> None:
     (_, config), folder, summary = finished[kind]
     made = {
         "train": ("agent.zip", "returns.png"),
-        "tune": ("controller.zip", "tuning.png"),
+        "tune": ("controller.zip", "tuning.png", "traces.png", "card.md"),
     }.get(kind, ("model.zip", "fit.png"))
     names = {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", *made}
     assert {path.name for path in folder.iterdir()} == names
@@ -412,6 +414,7 @@ def column(rows: list[dict[str, Any]], key: str) -> list[float]:
 def test_each_update_is_a_pair_of_rows(finished: Any) -> None:
     for kind, steps in (("train", 128), ("tune", 16)):
         rows = read_metrics(finished[kind][1])
+        rows = [row for row in rows if "tune/loss_below_prior" not in row]
         played, learned = rows[::2], rows[1::2]
         count = len(learned)
         assert [row["env_steps"] for row in played] == [
