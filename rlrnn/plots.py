@@ -175,14 +175,21 @@ def plot_traces(names: Sequence[str], mine: Any, prior: Any, path: Path) -> Path
         axes[0, column].set_title(names[task], fontsize=9)
         axes[-1, column].set_xlabel("decision")
         for axis, (key, label) in zip(axes[:, column], panels, strict=True):
-            for who, played in (("prior", prior), ("controller", mine)):
+            for who, played in (("controller", mine), ("prior", prior)):
                 values = vars(played)[key][1:, task]
-                style = "steps-mid" if key == "truncation" else "default"
-                axis.plot(range(1, len(values) + 1), values, label=who, drawstyle=style)
+                axis.plot(
+                    range(1, len(values) + 1),
+                    values,
+                    "k:" if played is prior else "-",
+                    label=who,
+                    drawstyle="steps-mid" if key == "truncation" else "default",
+                )
             axis.set_yscale("log", base=2 if key == "truncation" else 10)
             axis.grid(alpha=0.3)
             if column == 0:
                 axis.set_ylabel(label)
+        peak = max(played.lr[1:, task].max() for played in (mine, prior))
+        axes[1, column].set_ylim(peak / 1e3, 2 * peak)  # a cosine ends at zero
     axes[0, 0].legend()
     figure.savefig(path, dpi=120)
     return path
