@@ -1,5 +1,6 @@
 """Agents with memory, trained by Stable-Baselines3's `learn` and used by `predict`."""
 
+from rlrnn.agents.loop import LearnedController
 from rlrnn.agents.policies import (
     CnnLstmPolicy,
     MlpLstmPolicy,
@@ -10,6 +11,7 @@ from rlrnn.agents.ppo import RecurrentPPO
 
 __all__ = [
     "CnnLstmPolicy",
+    "LearnedController",
     "MlpLstmPolicy",
     "MultiInputLstmPolicy",
     "RecurrentPPO",
