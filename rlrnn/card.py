@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rlrnn.control import Codec
+
 Card = Mapping[str, Any]
 
 
@@ -12,8 +14,7 @@ def card_text(card: Card) -> str:
         "# Model card: a learned controller\n",
         "It watches one training run of a recurrent network and sets the learning rate "
         f"and the truncation length K at {card['tasks']['decisions']} decision points. "
-        "Its moves are on top of the prior: a range test, then a warm-up and a cosine "
-        "at K = 16.\n",
+        f"{_base(card)}\n",
         "## How it was made\n",
         _made(card),
         "## What it was trained on\n",
@@ -25,6 +26,16 @@ def card_text(card: Card) -> str:
         _limits(card),
     )
     return "\n".join(parts)
+
+
+def _base(card: Card) -> str:
+    codec = Codec(ablation=card["ablation"])
+    if not codec.range_test:
+        return f"Its moves are on a constant default rate and K = {codec.truncation}."
+    return (
+        "Its moves are on top of the prior: a range test, then a warm-up and a cosine "
+        f"at K = {codec.truncation}."
+    )
 
 
 def _made(card: Card) -> str:
