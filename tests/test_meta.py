@@ -34,7 +34,7 @@ TUNE = TuneConfig(
         cells=["gru"],
         hidden_sizes=[8],
         optimizers=["adam"],
-        batches=[4],
+        batches=[16],
         budget=(8_000.0, 9_000.0),
         decisions=6,
     ),
