@@ -24,7 +24,7 @@ from rlrnn.config import TuneConfig
 from rlrnn.control import NO_OP, Controller, prior
 from rlrnn.device import resolve_device
 from rlrnn.envs.together import TuningVecEnv
-from rlrnn.envs.tuning import GroupBaseline, TuningEnv
+from rlrnn.envs.tuning import GroupBaseline, Ranges, TuningEnv
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.running import (
@@ -217,7 +217,8 @@ def _tune(
     progress: bool,
     stopped: Callable[[], int],
 ) -> Summary:
-    agent = _player(config, envs)
+    watched = Ranges(envs)
+    agent = _player(config, watched)
     log, validation = _TuningLog(config.group), _Validation(config, run, stopped)
     steps = config.episodes * config.tasks.decisions
 
@@ -226,6 +227,7 @@ def _tune(
             "agent": agent.state_dict(),
             "envs": envs.env_method("state_dict"),
             "episodes": log.episodes,
+            "ranges": [watched.low, watched.high],
             "validation": validation.state_dict(),
             "time/seconds": earlier + time.monotonic() - began,
         }
@@ -241,6 +243,7 @@ def _tune(
         flow = saved["flow"]
         earlier = flow["time/seconds"]
         log.episodes = flow["episodes"]
+        watched.low, watched.high = flow["ranges"]
         validation.load_state_dict(flow["validation"])
         agent.load_state_dict(flow["agent"])
         if isinstance(agent, RecurrentPPO):  # which would begin new episodes
@@ -252,13 +255,14 @@ def _tune(
         keeper.restore(saved, agent.num_timesteps)
     learn(run, agent, steps, keeper, [log], progress)
     seconds = earlier + time.monotonic() - began
-    episodes = log.episodes
+    episodes, ranges = log.episodes, (watched.low, watched.high)
     if run.checkpoints.best_step() is not None:
         best = run.checkpoints.best()[1]["tree"]["flow"]
         agent.policy.load_state_dict(best["agent"]["policy"])
         episodes = best["episodes"]
+        ranges = best["ranges"][0], best["ranges"][1]
     scores = compare_with_prior(
-        learned(agent.policy, config.ablation),
+        learned(agent.policy, config.ablation, ranges),
         config.tasks,
         config.eval_tasks,
         config.seed,
@@ -284,7 +288,7 @@ def _tune(
     }
     path = run.folder / "controller.zip"
     kwargs = {**agent.policy_kwargs, "seed": config.seed}
-    save_controller(path, agent.policy, kwargs, card, config.ablation)
+    save_controller(path, agent.policy, kwargs, card, config.ablation, ranges)
     (run.folder / "card.md").write_text(card_text(card), encoding="utf-8")
     run.artifact(path, f"controller-{run.folder.name}", "model")
     plot = plots.plot_tuning(read_metrics(run.folder), run.folder / "tuning.png")

@@ -1,6 +1,7 @@
 """A controller leaves the prior alone outside of what it learned on, and says so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from rlrnn.agents.controller import (
 )
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.cli import main
-from rlrnn.config import FitConfig, RunConfig
+from rlrnn.config import AgentConfig, Algorithm, FitConfig, RunConfig, TuneConfig
 from rlrnn.control import ACTIONS, FEATURES, NO_OP, Familiar, State, prior
 from rlrnn.envs import tuning
 from rlrnn.envs.tuning import TuningEnv
-from rlrnn.flows import fit, run_task
+from rlrnn.flows import fit, run_task, tune
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.tasks import DataConfig, Task, Tasks
@@ -188,15 +189,48 @@ def test_nothing_is_said_where_nothing_is_strange(
     json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
 
 
-def test_ranges_are_those_of_all_that_was_seen() -> None:
-    tasks = Tasks(
-        kinds=["markov"],
-        hidden_sizes=[4],
-        batches=[2],
-        budget=(2500.0, 3000.0),
-        decisions=6,
+TASKS = Tasks(
+    kinds=["markov"],
+    hidden_sizes=[4],
+    optimizers=["adam"],
+    batches=[2],
+    budget=(2500.0, 3000.0),
+    decisions=6,
+)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "es"])
+def test_a_tuned_controller_knows_what_it_was_trained_on(
+    tmp_path: Path, algorithm: Algorithm
+) -> None:
+    config = TuneConfig(
+        tasks=TASKS,
+        episodes=4,
+        envs=2,
+        group=2,
+        algorithm=algorithm,
+        validation_tasks=0,
+        eval_tasks=0,
+        agent=AgentConfig(hidden_size=8, net_arch=[8], n_steps=6, batch_size=12),
+        run=RunConfig(folder=str(tmp_path / "tune"), track="disabled"),
     )
-    envs = tuning.Ranges(DummyVecEnv([lambda: TuningEnv(tasks, 1) for _ in "12"]))
+    tune(config, progress=False)
+    controller = load_controller(tmp_path / "tune" / "controller.zip")
+    player = controller.player
+    assert isinstance(player, Familiar)
+    assert (player.low <= player.high).all()
+    always = {
+        FEATURES[i]: player.low[i] for i in np.flatnonzero(player.low == player.high)
+    }
+    assert always["Adam's family"] == 1
+    # which is why it does nothing with another optimiser
+    other = replace(TASK, training=replace(TASK.training, optimizer="sgd"))
+    steered, alone = run_task(other, controller), run_task(other, prior())
+    assert torch.equal(weights(steered), weights(alone))
+
+
+def test_ranges_are_those_of_all_that_was_seen() -> None:
+    envs = tuning.Ranges(DummyVecEnv([lambda: TuningEnv(TASKS, 1) for _ in "12"]))
     envs.seed(0)
     seen = [envs.reset()]
     for _ in range(8):

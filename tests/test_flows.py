@@ -395,11 +395,12 @@ def test_each_decision_is_a_row(finished: Any) -> None:
     losses = {"fit/train_loss", "fit/probe_loss", "fit/grad_norm"}
     others = signals.to_row().keys() - {x.split("/")[1] for x in losses}
     set_ = {"set_lr", "set_lr_end", "set_truncation", "prior_lr", "reward"}
-    moves = {"rate_factor", "truncation_factor"}
+    moves = {"rate_factor", "truncation_factor", "fallback"}
     expected = {f"decision/{name}" for name in others | set_ | moves} | losses
     for row in rows:
-        last = {"fit/valid_loss"} if row is rows[-1] else set()
-        assert row.keys() == expected | last | {"decision", "tokens"}
+        more = {"fit/valid_loss"} if row is rows[-1] else set()
+        more |= {"decision/outside"} if row["decision/fallback"] else set()
+        assert row.keys() == expected | more | {"decision", "tokens"}
     tokens = column([first, *rows], "tokens")
     assert tokens == sorted(tokens) and tokens[-1] == summary["tokens"]
     probe = column([first, rows[-1]], "fit/probe_loss")
