@@ -365,8 +365,8 @@ def _explain(arguments: Sequence[str]) -> int:
 def _predict(arguments: Sequence[str]) -> int:
     parser = _Parser(
         prog="rlrnn predict",
-        description="What a finished model makes of new data: text that goes on from a "
-        "prompt, forecasts, labels, transcriptions.",
+        description="What a finished model makes of new data: text or music that goes "
+        "on, forecasts, labels, transcriptions.",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, or its model.zip")
     parser.add_argument(
@@ -374,12 +374,21 @@ def _predict(arguments: Sequence[str]) -> int:
         metavar="INPUT",
         help="a prompt; for other data a file, a folder or a glob, as in training",
     )
-    parser.add_argument("--output", help="of a table; default: RUN/predictions.csv")
     parser.add_argument(
-        "--score", action="store_true", help="INPUT is a text file: how likely is it?"
+        "--output",
+        help="of a table, default: RUN/predictions.csv; of music, .json or .npz, "
+        "default: RUN/continued.json",
     )
     parser.add_argument(
-        "--length", type=int, default=300, help="of a text, in symbols; default: 300"
+        "--score",
+        action="store_true",
+        help="INPUT is a file of text or music: how likely is it?",
+    )
+    parser.add_argument(
+        "--length",
+        type=int,
+        default=300,
+        help="of a text in symbols, of music in frames; default: 300",
     )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0: the likeliest; default: 0.8"

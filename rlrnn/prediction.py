@@ -1,7 +1,7 @@
 """What a trained model says of new data: `rlrnn predict RUN INPUT`.
 
-Text is continued, or scored; a table is forecast; recordings and sequences are
-labelled or transcribed. Nothing of the training data is needed.
+Text and music are continued, or scored; a table is forecast; recordings and sequences
+are labelled or transcribed. Nothing of the training data is needed.
 """
 
 import math
@@ -25,6 +25,7 @@ from rlrnn.data.labelled import (
     encode_labelled,
     read_labelled,
 )
+from rlrnn.data.music import Roll, encode_music, write_music
 from rlrnn.data.speech import decode_text as decode_speech
 from rlrnn.data.speech import encode_speech
 from rlrnn.data.text import decode_text, encode_text, read_text
@@ -144,6 +145,87 @@ def score_text(finished: Finished, text: str, name: str) -> dict[str, float]:
     }
 
 
+# --- music ----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def continue_roll(
+    model: SequenceModel,
+    roll: Roll,
+    length: int,
+    temperature: float | int = 1.0,
+    seed: int = 0,
+) -> Roll:
+    """`length` frames [length, KEYS] that follow a roll. Each key of a frame is drawn
+    by itself, from its logit / temperature; at temperature 0 those sound that are more
+    likely than not. Raises ValueError for settings out of range."""
+    if length < 1 or temperature < 0:
+        raise ValueError(
+            f"length is {length} and temperature {temperature}: expected at least 1, "
+            "and at least 0"
+        )
+    generator = torch.Generator().manual_seed(seeding.derive(seed, "sample"))
+    given = torch.from_numpy(roll).unsqueeze(1)
+    out, state = model(given, model.initial_state(1))
+    frames = []
+    for _ in range(length):
+        logits = out[-1:]
+        if temperature == 0:
+            frame = (logits > 0).float()
+        else:
+            frame = (logits / temperature).sigmoid().bernoulli(generator=generator)
+        frames.append(frame)
+        out, state = model(frame, state)
+    drawn: Roll = torch.cat(frames)[:, 0].numpy()
+    return drawn
+
+
+def score_rolls(model: SequenceModel, rolls: Sequence[Roll]) -> pd.DataFrame:
+    """A row for each frame but the first of each piece: the numbers of piece and frame,
+    and its negative log-likelihood after the frames before, all keys, in nats."""
+    tables = []
+    before = [roll[:-1] for roll in rolls]
+    for piece, out in enumerate(each_output(model, before)):
+        true = torch.from_numpy(rolls[piece][1:])
+        nats = F.binary_cross_entropy_with_logits(out, true, reduction="none").sum(-1)
+        rows = {"piece": piece, "frame": np.arange(1, len(true) + 1), "nats": nats}
+        tables.append(pd.DataFrame(rows))
+    return pd.concat(tables, ignore_index=True)
+
+
+def play_on(
+    finished: Finished,
+    given: str,
+    path: Path,
+    length: int,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int = 1.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Writes each piece of a file, and what follows it, to `path`."""
+    if finished.model.config.bidirectional:
+        raise ValueError("the model is bidirectional: it needs the frames to come")
+    if top_k is not None or top_p != 1:
+        raise ValueError(
+            f"top_k is {top_k} and top_p {top_p}, which are for text: leave them out"
+        )
+    rolls = encode_music(given)
+    drawn = [
+        continue_roll(finished.model, roll, length, temperature, seed + piece)
+        for piece, roll in enumerate(rolls)
+    ]
+    pairs = zip(rolls, drawn, strict=True)
+    write_music(path, [np.concatenate(pair) for pair in pairs])
+    notes = sum(float(roll.sum()) for roll in drawn)
+    return {
+        "pieces": len(rolls),
+        "new_frames": length,
+        "notes_per_frame": notes / length / len(rolls),
+        "file": str(path),
+    }
+
+
 # --- sequences of numbers -------------------------------------------------------------
 
 
@@ -190,20 +272,29 @@ def predict(
     **sampling: Any,
 ) -> dict[str, Any]:
     """What a run's model makes of `given`: a prompt, or with `score` a text file, for
-    text; else a file, a folder or a glob of what it was trained on. Tables are written
-    to `output`, by default beside the model.
+    text; else a file, a folder or a glob of what it was trained on. Tables and music
+    are written to `output`, by default beside the model.
 
     Raises DataError, in one line, for what does not fit.
     """
     finished = load_model(run)
     kind = str(finished.format.get("kind"))
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    if score and kind != "text":
-        raise ValueError(f"--score is for texts, but {run} has learned {kind}")
+    if score and kind not in ("text", "music"):
+        raise ValueError(
+            f"--score is for texts and music, but {run} has learned {kind}"
+        )
     if kind == "text":
         if score:
             return score_text(finished, read_text(given), given)
         return {"text": given + continue_text(finished, given, **sampling)}
+    if kind == "music":
+        if not score:
+            path = Path(output or folder / "continued.json")
+            return play_on(finished, given, path, **sampling)
+        frame = score_rolls(finished.model, encode_music(given))
+        written = _table(frame, output, folder)["file"]
+        return {"nats_per_frame": float(frame["nats"].mean()), "file": written}
     if kind == "series":
         made = forecast(finished.model, finished.format, given, levels or ())
         picture = plots.plot_forecast(made, folder / "forecast.png")
@@ -220,7 +311,7 @@ def predict(
     else:
         raise ValueError(
             f"{run} has learned {kind}, of which nothing new can be predicted; "
-            "expected a run on text, series, speech or labelled sequences"
+            "expected a run on text, series, speech, labelled sequences or music"
         )
     return {"sequences": len(frame), **_table(frame, output, folder)}
 

@@ -1,6 +1,8 @@
 """Predictions: what is drawn, and that streaming gives what whole sequences give."""
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rlrnn.data.chunks import Symbols
+from rlrnn import checkpoint
+from rlrnn.data.chunks import Features, Symbols
 from rlrnn.data.files import DataError, Paths
 from rlrnn.data.labelled import (
     LabelledOptions,
@@ -16,10 +19,19 @@ from rlrnn.data.labelled import (
     labelled_problem,
     read_labelled,
 )
+from rlrnn.data.music import KEYS, Roll, encode_music, write_music
 from rlrnn.finished import Finished
 from rlrnn.models import ModelConfig, SequenceModel
-from rlrnn.objectives import Classes
-from rlrnn.prediction import chosen, continue_text, label, sample, score_text
+from rlrnn.objectives import Classes, Labels
+from rlrnn.prediction import (
+    chosen,
+    continue_roll,
+    continue_text,
+    label,
+    predict,
+    sample,
+    score_text,
+)
 from rlrnn.tasks import build_model
 
 VOCABULARY = "\ufffdabcde \n"
@@ -131,3 +143,107 @@ def test_labels_of_sequences_are_the_model_s(
         out, _ = model(x, model.initial_state(len(read)))
     shares = out[-1].softmax(-1).numpy()
     np.testing.assert_allclose(frame[["x", "y", "z"]], shares, atol=1e-5)
+
+
+# --- music ----------------------------------------------------------------------------
+
+
+def music_model(**options: Any) -> SequenceModel:
+    torch.manual_seed(0)
+    model = SequenceModel(Features(KEYS), KEYS, ModelConfig("gru", 16, **options))
+    with torch.no_grad():
+        model.head.weight.mul_(8)
+    return model.eval()
+
+
+def rolls(count: int = 3) -> list[Roll]:
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(2, 9, count)
+    return [(rng.random((n, KEYS)) < 0.05).astype(np.float32) for n in sizes]
+
+
+def music_run(folder: Path, model: SequenceModel) -> Path:
+    tree = {
+        "model": dict(model.state_dict()),
+        "inputs": {"type": "Features", "width": KEYS},
+        "objective": {"type": "Labels", "count": KEYS},
+        "format": {"kind": "music", "options": {"transpose": 0}},
+        "config": {"model": asdict(model.config)},
+    }
+    folder.mkdir()
+    checkpoint.save(folder / "model.zip", tree, {"kind": "model"})
+    return folder
+
+
+def test_streamed_music_is_what_the_whole_sequence_says() -> None:
+    model, (roll, *_) = music_model(), rolls()
+    whole = np.concatenate((roll, continue_roll(model, roll, 12, temperature=0)))
+    x = torch.from_numpy(whole).unsqueeze(1)
+    with torch.no_grad():
+        out, _ = model(x, model.initial_state(1))
+    expected = (out[len(roll) - 1 : -1, 0] > 0).float().numpy()
+    np.testing.assert_array_equal(whole[len(roll) :], expected)
+    assert expected.any() and not (expected == expected[0]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_keys_sound_as_often_as_they_are_likely(temperature: float) -> None:
+    model, (roll, *_) = music_model(), rolls()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.copy_(torch.linspace(-4, 4, KEYS))
+    drawn = continue_roll(model, roll, 300, temperature)
+    expected = torch.linspace(-4, 4, KEYS).div(temperature).sigmoid().numpy()
+    np.testing.assert_allclose(drawn.mean(0), expected, atol=0.12)
+    assert drawn.mean() == pytest.approx(expected.mean(), abs=0.01)
+    few = [continue_roll(model, roll, 5, temperature, seed) for seed in (0, 1)]
+    assert np.array_equal(few[0], drawn[:5]) and not np.array_equal(few[0], few[1])
+
+
+@pytest.mark.parametrize("suffix", [".json", ".npz"])
+def test_music_goes_on_in_a_file_that_can_be_read(tmp_path: Path, suffix: str) -> None:
+    run = music_run(tmp_path / "run", music_model())
+    given, path = tmp_path / "given.json", tmp_path / f"more{suffix}"
+    write_music(given, rolls())
+    made = predict(run, str(given), path, length=5, temperature=1.0, seed=3)
+    assert (made["pieces"], made["new_frames"], made["file"]) == (3, 5, str(path))
+    for roll, more in zip(rolls(), encode_music(path), strict=True):
+        np.testing.assert_array_equal(more[:-5], roll)
+    again = predict(run, str(path), length=1)
+    assert again["file"] == str(run / "continued.json")
+
+
+def test_the_score_of_music_is_the_loss_of_its_frames(tmp_path: Path) -> None:
+    model = music_model()
+    run = music_run(tmp_path / "run", model)
+    given = tmp_path / "given.npz"
+    write_music(given, rolls())
+    made = predict(run, str(given), score=True)
+    table = pd.read_csv(made["file"])
+    assert made["nats_per_frame"] == pytest.approx(table["nats"].mean())
+    for piece, roll in enumerate(rolls()):
+        x = torch.from_numpy(roll).unsqueeze(1)
+        with torch.no_grad():
+            out, _ = model(x[:-1], model.initial_state(1))
+        rows = table[table["piece"] == piece]
+        assert rows["frame"].tolist() == list(range(1, len(roll)))
+        total = float(Labels(KEYS).total(out, x[1:], None))
+        assert rows["nats"].sum() == pytest.approx(total, rel=1e-5)
+
+
+def test_what_does_not_fit_music_is_one_line(tmp_path: Path) -> None:
+    run = music_run(tmp_path / "run", music_model())
+    given = tmp_path / "given.json"
+    write_music(given, rolls())
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"output": tmp_path / "a.mid"}, "a.mid ends in .mid, expected .json or .npz"),
+        ({"output": tmp_path / "no" / "a.json"}, "cannot write .*: No such file"),
+        ({"top_k": 3}, "top_k is 3 and top_p 1.0, which are for text: leave them out"),
+        ({"temperature": -1.0}, "length is 4 and temperature -1.0: expected at least"),
+    ]
+    for options, says in wrong:
+        with pytest.raises(ValueError, match=says):
+            predict(run, str(given), **{"length": 4, **options})
+    both = music_run(tmp_path / "both", music_model(bidirectional=True))
+    with pytest.raises(ValueError, match="the model is bidirectional"):
+        predict(both, str(given), length=4)

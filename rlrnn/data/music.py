@@ -225,5 +225,25 @@ def encode_music(path: str | Path) -> list[Roll]:
 
 
 def decode_frame(out: NDArray[Any]) -> list[int]:
-    """MIDI numbers of the keys that the output [KEYS] finds more likely than not."""
+    """MIDI numbers of the keys that sound in a frame [KEYS] of a roll, or that a
+    model's output finds more likely than not."""
     return [int(key) + LOWEST for key in np.flatnonzero(out > 0)]
+
+
+def write_music(path: Path, rolls: Sequence[Roll]) -> None:
+    """Pieces as `.json` or `.npz`, as `read_music` reads them. Raises DataError for
+    other files, and for what cannot be written."""
+    try:
+        match path.suffix:
+            case ".json":
+                pieces = [[decode_frame(frame) for frame in roll] for roll in rolls]
+                path.write_text(json.dumps(pieces), encoding="utf-8")
+            case ".npz":
+                named = {f"train_{i}": roll for i, roll in enumerate(rolls)}
+                np.savez_compressed(path, **named)  # type: ignore[arg-type]
+            case other:
+                raise DataError(
+                    f"{path} ends in {other or 'nothing'}, expected .json or .npz"
+                )
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from None
