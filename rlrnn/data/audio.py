@@ -139,12 +139,18 @@ def resample(wave: Wave, rate: int, wanted: int) -> Wave:
 # --- features -----------------------------------------------------------------------
 
 
-def mel_filters(bands: int, size: int, rate: int) -> Float[Tensor, "M F"]:
-    """Triangles of height 1 over the bins of a transform of `size` samples, evenly
-    spaced in mel from 0 Hz to half the rate; mel = 2595 log10(1 + f / 700) (HTK)."""
+def mel_edges(bands: int, rate: int) -> Float[Tensor, " edges"]:
+    """M + 2 frequencies in Hz, evenly spaced in mel from 0 to half the rate; mel = 2595
+    log10(1 + f / 700) (HTK)."""
     top = 2595 * math.log10(1 + rate / 2 / 700)
     mels = torch.linspace(0, top, bands + 2, dtype=torch.float64)
-    edges = 700 * (10 ** (mels / 2595) - 1)  # Hz, [M + 2]
+    return 700 * (10 ** (mels / 2595) - 1)
+
+
+def mel_filters(bands: int, size: int, rate: int) -> Float[Tensor, "M F"]:
+    """Triangles of height 1 over the bins of a transform of `size` samples, each from
+    one of `mel_edges` to the next but one."""
+    edges = mel_edges(bands, rate)
     bins = torch.arange(size // 2 + 1, dtype=torch.float64) * rate / size
     left, middle, right = (edges[i : i + bands, None] for i in range(3))
     rising, falling = (bins - left) / (middle - left), (right - bins) / (right - middle)

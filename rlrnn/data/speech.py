@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from rlrnn import seeding
 from rlrnn.checks import at_least, one_of
-from rlrnn.data.audio import Reader, Wave, log_mel, recordings, resample, with_deltas
+from rlrnn.data.audio import (
+    Reader,
+    Wave,
+    log_mel,
+    mel_edges,
+    recordings,
+    resample,
+    with_deltas,
+)
+from rlrnn.data.augment import Augmented, Changes
 from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
 from rlrnn.data.files import DataError, Paths, expand, read_bytes
 from rlrnn.evaluation import evaluating, outputs
@@ -55,6 +64,13 @@ class SpeechOptions:
             this many dB below it, which hides loudness and background noise.
         speeds: at which training recordings are heard too (1.1: 10 % faster, and
             higher).
+        band_masks: stretches of bands that are silent in a training recording, others
+            each time (SpecAugment, Park et al. 2019).
+        band_width: of such a stretch, at most; in bands.
+        time_masks: the same of time.
+        time_width: of such a stretch, at most, and a fifth of the recording; in frames.
+        warp: a training recording's frequencies are multiplied by a factor from 1 -
+            this to 1 + this, another each time (vocal tract length perturbation).
     """
 
     task: Task = "classification"
@@ -72,12 +88,26 @@ class SpeechOptions:
     center: bool = False
     top_db: float | None = None
     speeds: list[float] = field(default_factory=list)
+    band_masks: int = 0
+    band_width: int = 4
+    time_masks: int = 0
+    time_width: int = 10
+    warp: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("data.speech.task", self.task, Task)
         one_of("data.speech.unit", self.unit, Unit)
         for name, least in (("join", 1), ("rate", 1000), ("mels", 1)):
             at_least(f"data.speech.{name}", getattr(self, name), least)
+        for name in ("band_masks", "band_width", "time_masks", "time_width"):
+            at_least(f"data.speech.{name}", getattr(self, name), 0)
+        if self.band_width > self.mels:
+            raise ValueError(
+                f"data.speech.band_width is {self.band_width}, expected at most "
+                f"data.speech.mels, {self.mels}"
+            )
+        if not 0 <= self.warp <= 0.5:
+            raise ValueError(f"data.speech.warp is {self.warp}, expected 0 to 0.5")
         for name in ("window", "hop"):
             at_least(f"data.speech.{name}", getattr(self, name), 1)
         if self.top_db is not None:
@@ -97,6 +127,11 @@ class SpeechOptions:
                 raise ValueError(
                     f"data.speech.speeds has {speed}, expected 0.5 to 2 for each"
                 )
+
+    def changes(self) -> Changes:
+        """What is drawn for a training recording each time it comes."""
+        masks = self.band_masks, self.band_width, self.time_masks, self.time_width
+        return Changes(*masks, self.warp)
 
 
 @dataclass(frozen=True)
@@ -226,13 +261,23 @@ def speech_problem(
     }
     ctc = options.task == "transcription"
 
-    def source(name: str) -> Batches:
+    def source(name: str) -> Batches | Augmented:
         xs = [(x - format["mean"]) / format["scale"] for x in features[name]]
         ys = [encode_text(recording, format) for recording in parts[name]]
         order = seeding.derive(seed, "order") if name == "train" else None
         targets = ys if ctc else [y[0] for y in ys]
         size = {"train": batch, "probe": PROBE_BATCH}.get(name, 64)
-        return Batches(xs, targets, size, order, ctc)
+        batches = Batches(xs, targets, size, order, ctc)
+        changes = options.changes()
+        if name != "train" or not changes:
+            return batches
+        centers = mel_edges(options.mels, options.rate)[1:-1].float()
+        mean, scale = (
+            torch.from_numpy(format["mean"]),
+            torch.from_numpy(format["scale"]),
+        )
+        drawn = seeding.derive(seed, "changes")
+        return Augmented(batches, changes, centers, mean, scale, drawn)
 
     sources = {name: source(name) for name in ("train", "probe", "valid", "test")}
     make = Ctc if ctc else Classes
@@ -382,7 +427,7 @@ def decode_text(numbers: Sequence[int], format: dict[str, Any]) -> str:
 
 
 def _judge(
-    sources: dict[str, Batches], format: dict[str, Any]
+    sources: dict[str, Batches | Augmented], format: dict[str, Any]
 ) -> Callable[[Any, str], dict[str, float]]:
     """The word error rate: edits of words, over the words that were said."""
     objective = Ctc(len(format["labels"]))
