@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from rlrnn.baselines import Constant
 from rlrnn.data.audio import FLOOR, Reader, log_mel, resample, with_deltas
+from rlrnn.data.augment import Augmented
 from rlrnn.data.chunks import Batches
 from rlrnn.data.files import DataError, Paths
 from rlrnn.data.speech import (
@@ -307,6 +309,29 @@ def test_training_features_are_normalised_and_a_prediction_has_the_same(
         again = [x for _, x in encode_speech(str(place), problem.format)]
         found = [tuple(x.flatten().tolist()) in seen for x in again]
         assert sum(found) == len(train.lengths)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        replace(NAMED, band_masks=2),
+        replace(NAMED, time_masks=9),
+        replace(NAMED, warp=0.2, deltas=True),
+    ],
+)
+def test_training_alone_is_heard_otherwise(
+    tmp_path: Path, options: SpeechOptions
+) -> None:
+    path = Paths(str(folder(tmp_path / "a")))
+    problem = speech_problem(path, SPLIT, 64, 0, options)
+    deltas = replace(NAMED, deltas=options.deltas)
+    other = speech_problem(path, SPLIT, 64, 0, deltas)
+    for name in ("train", "probe", "valid", "test"):
+        source, plain = getattr(problem, name), getattr(other, name)
+        steps = plain.span(0, 8)
+        x, y = source.window(0, steps).x, plain.window(0, steps).x
+        assert isinstance(source, Augmented if name == "train" else Batches)
+        assert torch.equal(x, y) == (name != "train")
 
 
 def test_top_db_hides_loudness_and_what_is_far_below(tmp_path: Path) -> None:
