@@ -25,6 +25,7 @@ Frozen = Literal["none", "encoder", "core"]
 FORWARD_COST = 1 / 3  # of a token that is also trained on
 WINDOWS = 4  # the fewest in a decision interval
 GIVE_UP = 3  # recoveries in a row
+LEAST_LOSS = 1e-12  # that is told: a loss of zero has no logarithm
 
 
 @dataclass(frozen=True)
@@ -365,7 +366,8 @@ class Ledger:
         """Controllers see logarithms of losses. A log-density may be negative: of it
         they see the loss itself."""
         logarithmic = self.problem.objective.logarithmic
-        return math.exp(min(loss, 50.0)) if logarithmic else loss
+        told = math.exp(min(loss, 50.0)) if logarithmic else loss
+        return max(told, LEAST_LOSS)  # NaN stays so
 
     def range_plan(self) -> tuple[Array, int]:
         """Rates and K of a sweep (after Smith 2017, "Cyclical learning rates"): the
