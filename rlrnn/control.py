@@ -348,8 +348,8 @@ class Familiar:
     the range `low` to `high` [D] of those that it learned on, the prior is left alone.
 
     The range of a feature is widened by a tenth on both sides. It is that of all
-    observations, and not of most: 1 % per feature would be a quarter of the decisions
-    for 26 features, and the rarest tasks are still tasks that it learned on.
+    observations, and not of most: what lies outside adds up over the features
+    (docs/controller.md), and the rarest task is still one that it learned on.
 
     The state has `outside` [n, D], what was unfamiliar at the last decision.
     """
