@@ -36,10 +36,10 @@ RATE_PROBABILITIES = (0.005, 0.02, 0.075, 0.8, 0.075, 0.02, 0.005)
 TRUNCATION_PROBABILITIES = (0.04, 0.92, 0.04)
 
 
-def initial_logits() -> list[float]:
+def initial_logits(scale: float = 1.0) -> list[float]:
     """The action head of an untrained controller; its likeliest action is no-op."""
     both = (*RATE_PROBABILITIES, *TRUNCATION_PROBABILITIES)
-    return [float(logit) for logit in np.log(both)]
+    return [float(logit) for logit in scale * np.log(both)]
 
 
 class PolicyPlayer:

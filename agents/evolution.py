@@ -55,10 +55,10 @@ class EvolutionStrategies(BaseAlgorithm):
     returns are ranked among themselves, and w follows the `antithetic_gradient` of the
     ranks, by Adam with decoupled weight decay.
 
-    Actions are sampled, with the same random numbers in all members of a group. The
-    likeliest action hardly ever changes under a small perturbation, and with it the
-    fitness; its probability always does. And of two members that differ little the
-    same numbers draw the same actions, so that what differs is the weights' doing.
+    Members play their likeliest actions: it is weights that are explored, each for a
+    whole episode, and what is learned is a policy that draws nothing. One whose first
+    choice leads by much more than sigma hardly ever changes it under a perturbation,
+    and learns nothing: `initial_logits` should be of the order of sigma.
 
     All noise comes from `seed` and the number of the generation.
     """
@@ -140,18 +140,15 @@ class EvolutionStrategies(BaseAlgorithm):
         """Gives this generation its weights; the noise of each pair."""
         assert self.seed is not None
         weights = nn.utils.parameters_to_vector(_acting(self.policy)).detach()
-        words = (self.seed, "generation", self._n_updates)
-        noise = torch.randn(
-            self.n_envs // 2, len(weights), generator=seeding.generator(*words)
-        ).to(self.device)
+        generator = seeding.generator(self.seed, "generation", self._n_updates)
+        shape = self.n_envs // 2, len(weights)
+        noise = torch.randn(shape, generator=generator).to(self.device)
         state = self.policy.state_dict()
         for number, member in enumerate(self.members):
             member.load_state_dict(state)
             sign = 1 - 2 * (number % 2)
             moved = weights + sign * self.sigma * noise[number // 2]
             nn.utils.vector_to_parameters(moved, _acting(member))
-            draws = seeding.derive(*words, "acting", number // self.group)
-            member.generator.manual_seed(draws)
         return noise
 
     def _play(self, callback: BaseCallback) -> Fitness | None:
@@ -169,7 +166,7 @@ class EvolutionStrategies(BaseAlgorithm):
         while not ended.all():
             seen.append(obs)
             played = [
-                member.predict(obs[i : i + 1], states[i], starts[i : i + 1])
+                member.predict(obs[i : i + 1], states[i], starts[i : i + 1], True)
                 for i, member in enumerate(self.members)
             ]
             actions = np.concatenate([action for action, _ in played])

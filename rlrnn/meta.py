@@ -193,20 +193,25 @@ def _check_tasks(tasks: Tasks) -> None:
 
 def _player(config: TuneConfig, envs: VecEnv) -> RecurrentPPO | EvolutionStrategies:
     """The agent that learns to tune."""
-    logits = {"initial_logits": initial_logits()}
     if config.algorithm == "es":
+        logits = initial_logits(config.es.sigma)  # a perturbation may turn their order
         return EvolutionStrategies(
             envs,
             config.group,
             rate_schedule(config.es.learning_rate, config.agent),
             config.es.sigma,
             config.es.weight_decay,
-            {**policy_kwargs(config.agent), **logits},
+            {**policy_kwargs(config.agent), "initial_logits": logits},
             config.seed,
             resolve_device(config.device),
         )
-    baseline = GroupBaseline(envs, config.group)
-    return make_agent(config.agent, baseline, config.seed, config.device, **logits)
+    return make_agent(
+        config.agent,
+        GroupBaseline(envs, config.group),
+        config.seed,
+        config.device,
+        initial_logits=initial_logits(),
+    )
 
 
 def _tune(

@@ -137,7 +137,7 @@ def plot_tuning(rows: Rows, path: Path) -> Path:
     figure, (gained, below) = _figure(2, 7)
     gained.plot(*_series(rows, "episodes", "tune/log_loss_fall"))
     gained.set(ylabel="mean log(first / last probe loss)")
-    gained.set_title("meta-training (sampled actions)")
+    gained.set_title("meta-training")
     name = "tune/loss_below_prior"
     episodes, share = _series(rows, "episodes", name)
     validations = [row for row in rows if name in row]

@@ -145,19 +145,6 @@ def test_only_the_actor_moves_and_equal_returns_move_nothing() -> None:
     assert moved == {"actor", "action_net"}
 
 
-def test_members_of_a_group_draw_the_same_numbers() -> None:
-    es = agent(sigma=0.0)
-    es._setup_learn(32)
-    es._perturb()
-    obs = np.zeros((1, 2), np.float32)
-    draws = np.array(
-        [[m.predict(obs)[0][0] for _ in range(20)] for m in es.members]
-    )  # [N, 20, 2]
-    for one in (draws[:8], draws[8:]):
-        assert (one == one[0]).all()
-    assert (draws[0] != draws[8]).any()
-
-
 def test_resumed_to_the_same_bits() -> None:
     whole, first, again = agent(), agent(), agent()
     whole.learn(4 * 32)
