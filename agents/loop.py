@@ -9,6 +9,7 @@ losses: signals that would take more than that are missing.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from rlrnn.objectives import Classes
 from rlrnn.optimizers import Optimizer
 
 FIRST = 16  # K of the first window; what the range test begins with
+SAMPLED = 8  # windows, of which the gradient of one is looked at
 # A gradient that a loop has clipped to 1, as `fit` does, has a norm just below.
 CLIP = 0.999
 
@@ -128,9 +130,10 @@ class LearnedController:
             self.ledger = _books(self.config, streams)
         self.ledger.spent += tokens
         self.losses.append(torch.as_tensor(loss).detach().float())
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        if dense := [grad for grad in grads if not grad.is_sparse]:
-            self.norms.append(get_total_norm(dense))
+        if len(self.losses) % SAMPLED == 1:
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            if dense := [grad for grad in grads if not grad.is_sparse]:
+                self.norms.append(get_total_norm(dense))
         if self.signals is None:
             return self._test(self.ledger)
         return self._go_on(self.ledger, tokens)
@@ -155,9 +158,9 @@ class LearnedController:
         """The next rate of the interval, or, at its end, the next decision."""
         assert self.interval is not None
         rates, last = self.interval.rates, self.losses[-1]
-        length = sum(self.interval.spans) * ledger.batch
+        length = self.interval.spans[0] * ledger.batch
         gone = ledger.spent - self.began
-        broken = last.device.type == "cpu" and not bool(last.isfinite())
+        broken = last.device.type == "cpu" and not math.isfinite(last.item())
         if not broken and length - gone >= tokens / 2:
             at = min(round(gone / length * len(rates)), len(rates) - 1)
             return self._set(replace(self.knobs, lr=float(rates[at]), restored=False))
@@ -186,7 +189,10 @@ class LearnedController:
     def _decide(self, ledger: Ledger, restored: bool) -> LoopKnobs:
         assert self.signals is not None
         knobs, self.state = self.controller(self.signals, self.state)
-        self.interval, self.began = ledger.plan(knobs), ledger.spent
+        planned = ledger.plan(knobs)
+        # its length is all that counts: windows are the loop's to cut
+        self.interval = replace(planned, spans=[sum(planned.spans)])
+        self.began = ledger.spent
         self.losses, self.norms = [], []
         self._remember()
         outside = self.state.get("player", {}).get("outside")
