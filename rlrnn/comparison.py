@@ -19,6 +19,9 @@ from rlrnn.statistics import bootstrap_interval
 from rlrnn.tasks import Task, Tasks, build_trainer
 
 FEW = 5  # tasks, below which an interval says nothing
+SOLVED = (
+    0.02  # of the first loss: below it a task is solved, and the logarithm is noise
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ def play(
     losses = np.array([held_out(trainer) for trainer in trainers])
     traces = ("lr", "truncation", "probe_loss")
     return Played(losses, *(np.stack([vars(s)[name] for s in told]) for name in traces))
+
+
+def falls_below(mine: Played, its: Played) -> Array:
+    """log(prior's loss / controller's) [M]; a loss of a solved task counts as `SOLVED`
+    of its first one."""
+    floor = SOLVED * its.probe_loss[0]
+    falls: Array = np.log(np.maximum(its.losses, floor))
+    return falls - np.log(np.maximum(mine.losses, floor))
 
 
 def gain(falls: Array) -> dict[str, float]:
@@ -93,10 +104,9 @@ def compare_with_prior(
         while len(falls) < count and not stopped():
             some = drawn[len(falls) : len(falls) + 16]
             mine, its = (
-                play(some, player, device, stopped).losses
-                for player in (controller, prior())
+                play(some, player, device, stopped) for player in (controller, prior())
             )
-            falls = np.concatenate([falls, np.log(its / mine)])
+            falls = np.concatenate([falls, falls_below(mine, its)])
             bar.update(len(some))
     if not count or stopped():
         return {}

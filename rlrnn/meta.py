@@ -19,7 +19,14 @@ from rlrnn.agents.controller import initial_logits, learned, save_controller
 from rlrnn.agents.evolution import EvolutionStrategies
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.card import card_text
-from rlrnn.comparison import Played, by_family, compare_with_prior, gain, play
+from rlrnn.comparison import (
+    Played,
+    by_family,
+    compare_with_prior,
+    falls_below,
+    gain,
+    play,
+)
 from rlrnn.config import TuneConfig
 from rlrnn.control import NO_OP, Controller, prior
 from rlrnn.device import resolve_device
@@ -123,7 +130,7 @@ class _Validation:
         if self.stopped():
             return None
         self.prior, self.updates = its, updates
-        falls = np.log(its.losses / mine.losses)
+        falls = falls_below(mine, its)
         row = {f"tune/{name}": value for name, value in gain(falls).items()}
         for family, part in by_family(self.tasks, falls).items():
             row[f"tune/loss_below_prior/{family}"] = gain(part)["loss_below_prior"]

@@ -16,7 +16,7 @@ from rlrnn import checkpoint
 from rlrnn.agents.controller import controller_card, load_controller
 from rlrnn.card import card_text
 from rlrnn.checkpoint import Checkpoints
-from rlrnn.comparison import gain
+from rlrnn.comparison import Played, falls_below, gain
 from rlrnn.comparison import play as compared
 from rlrnn.config import AgentConfig, EvolutionConfig, RunConfig, TuneConfig
 from rlrnn.control import prior
@@ -211,6 +211,17 @@ def test_the_gain_of_what_is_known() -> None:
     assert even["share_below_prior"] == 0.5
     assert even["loss_below_prior_low"] < 0 < even["loss_below_prior_high"]
     assert "loss_below_prior_error" not in gain(np.ones(1))
+
+
+def test_a_solved_task_is_no_gain() -> None:
+    """Of first losses of 1, what is below 0.02 is solved."""
+    traces = np.ones((3, 3))
+
+    def played(*losses: float) -> Played:
+        return Played(np.array(losses), traces, traces, traces)
+
+    falls = falls_below(played(0.5, 1e-6, 0.01), played(1.0, 0.01, 0.04))
+    np.testing.assert_allclose(falls, np.log([2.0, 1.0, 2.0]))
 
 
 def test_tasks_side_by_side_are_those_alone() -> None:
