@@ -233,7 +233,7 @@ class EvolutionConfig:
         weight_decay: of the mean, decoupled from Adam's scale.
     """
 
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     sigma: float = 0.1
     weight_decay: float = 0.005
 
