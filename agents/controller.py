@@ -98,6 +98,18 @@ def load_controller(path: str | os.PathLike[str] = SHIPPED) -> Steered:
     Raises CheckpointError for a damaged file, ValueError for a file of something else
     or of another codec.
     """
+    policy, tree = _load(path)
+    ranges = tree.get("ranges")
+    known = None if ranges is None else (ranges[0], ranges[1])
+    return learned(policy, tree.get("ablation", "none"), known)
+
+
+def load_policy(path: str | os.PathLike[str]) -> RecurrentPolicy:
+    """What plays in a controller file. Errors as in `load_controller`."""
+    return _load(path)[0]
+
+
+def _load(path: str | os.PathLike[str]) -> tuple[RecurrentPolicy, dict[str, Any]]:
     tree = checkpoint.load(path)
     if not (isinstance(tree, dict) and "policy_kwargs" in tree and "features" in tree):
         raise ValueError(
@@ -122,9 +134,7 @@ def load_controller(path: str | os.PathLike[str] = SHIPPED) -> Steered:
             f"{path} is no controller of this version ({reason}): make it anew with "
             "`rlrnn tune`"
         ) from None
-    ranges = tree.get("ranges")
-    known = None if ranges is None else (ranges[0], ranges[1])
-    return learned(policy, tree.get("ablation", "none"), known)
+    return policy, tree
 
 
 def controller_card(path: str | os.PathLike[str] = SHIPPED) -> dict[str, Any]:

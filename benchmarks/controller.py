@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,11 @@ from rlrnn.baselines import (
     WarmupCosine,
 )
 from rlrnn.control import Controller
+from rlrnn.data.chunks import Problem
 from rlrnn.flows import make_controller
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
+from rlrnn.population import play_all
 from rlrnn.search import (
     Found,
     Settings,
@@ -63,7 +65,7 @@ from rlrnn.statistics import (
     probability_of_improvement,
     regret,
 )
-from rlrnn.tasks import DataConfig, Task, build_trainer
+from rlrnn.tasks import DataConfig, Task, build_problem, build_trainer
 
 Array = NDArray[np.float64]
 Record = dict[str, Any]
@@ -145,10 +147,12 @@ class Protocol:
             *self.learned,
             *FREE,
             *TUNED,
-            *(f"asha {cost}" for cost in self.asha),
-            "pbt",
-            "random",
+            *self.searches,
         ]
+
+    @property
+    def searches(self) -> list[str]:
+        return [*(f"asha {cost}" for cost in self.asha), "pbt", "random"]
 
 
 SMALL = Protocol(SMALL_CELLS, random=8, asha=(4,), population=4, every=9)
@@ -188,27 +192,35 @@ TUNED: dict[str, Callable[[Task, Settings], tuple[Task, Controller]]] = {
 # --- playing --------------------------------------------------------------------------
 
 
-def steered(task: Task, controller: Controller) -> Record:
-    """One run, and its probe losses on the way."""
-    trainer = build_trainer(task)
-    state = controller.init(1)
-    signals = trainer.start(controller.range_test)
-    curve = [(trainer.spent / trainer.budget, trainer.last_probe)]
-    lengths = []
-    while not trainer.done:
-        knobs, state = controller(signals, state)
-        signals = trainer.step(knobs)
-        curve.append((trainer.spent / trainer.budget, trainer.last_probe))
-        lengths.append(int(signals.truncation[0]))
-    return {
-        "valid_loss": held_out(trainer),
-        "probe_loss": trainer.last_probe,
-        "cost": trainer.spent / trainer.budget,
-        "failed": bool(signals.failed[0]),
-        "recoveries": round(-float(np.log2(trainer.lr_scale))),
-        "curve": curve,
-        "truncations": lengths,
-    }
+def steered(entries: Sequence[tuple[Task, Controller]]) -> list[Record]:
+    """Runs of these tasks, side by side, and their probe losses on the way."""
+    problems: dict[str, Problem] = {}
+    trainers = []
+    for task, _ in entries:
+        key = repr((task.data, task.seed))
+        if key not in problems:
+            problems[key] = build_problem(task)
+        trainers.append(build_trainer(task, problem=problems[key]))
+    told = play_all(trainers, [controller for _, controller in entries])
+    records = []
+    for trainer, signals in zip(trainers, told, strict=True):
+        start = trainer.origin / trainer.budget
+        curve = [
+            (start + (1 - start) * float(s.progress[0]), float(s.probe_loss[0]))
+            for s in signals
+        ]
+        records.append(
+            {
+                "valid_loss": held_out(trainer),
+                "probe_loss": trainer.last_probe,
+                "cost": trainer.spent / trainer.budget,
+                "failed": bool(signals[-1].failed[0]),
+                "recoveries": round(-float(np.log2(trainer.lr_scale))),
+                "curve": curve,
+                "truncations": [int(s.truncation[0]) for s in signals[1:]],
+            }
+        )
+    return records
 
 
 def searched(found: Found, runs: bool = False) -> Record:
@@ -231,21 +243,28 @@ def gridded(task: Task, every: int) -> Record:
     return searched(found) | {"cosine": dataclasses.asdict(best.settings)}
 
 
-def play(protocol: Protocol, arm: str, task: Task, selected: Record) -> Record:
-    """One arm on one task; `selected`: what the grid found for it."""
-    rng = np.random.default_rng(seeding.derive(task.seed, "search", arm))
+def entry(
+    protocol: Protocol, arm: str, task: Task, selected: Record
+) -> tuple[Task, Controller] | None:
+    """The run of an arm that is one run; `selected`: what the grid found."""
     if arm == "default":
-        return steered(task, Constant())
+        return task, Constant()
+    if arm == "oracle":
+        return task, Settings(**selected["settings"]).controller()
+    if arm in protocol.learned:
+        return task, make_controller(protocol.learned[arm])
+    if arm in FREE:
+        return FREE[arm](task)
+    if arm in TUNED:
+        return TUNED[arm](task, Settings(**selected["cosine"]))
+    return None
+
+
+def search(protocol: Protocol, arm: str, task: Task) -> Record:
+    """An arm that is a search."""
+    rng = np.random.default_rng(seeding.derive(task.seed, "search", arm))
     if arm == "grid":
         return gridded(task, protocol.every)
-    if arm == "oracle":
-        return steered(task, Settings(**selected["settings"]).controller())
-    if arm in protocol.learned:
-        return steered(task, make_controller(protocol.learned[arm]))
-    if arm in FREE:
-        return steered(*FREE[arm](task))
-    if arm in TUNED:
-        return steered(*TUNED[arm](task, Settings(**selected["cosine"])))
     if arm == "pbt":
         return searched(pbt(task, rng, protocol.population))
     if arm == "random":
@@ -294,29 +313,52 @@ def run(
 ) -> None:
     """Plays what is not there yet."""
     seeds, arms = list(seeds), list(arms)
+    searches = [a for a in ("grid", *protocol.searches) if a in arms]
+    single = [a for a in protocol.arms if a in arms and a not in searches]
     for cell in cells:
-        task = protocol.cells[cell]
-        for arm in (arm for arm in protocol.arms if arm in arms):
-            for seed in [SELECTION_SEED] if arm == "grid" else seeds:
-                seeded = replace(task, seed=seed)
-                mark = digest(protocol, arm, seeded)
-                old = results.get(cell, seed, arm)
-                if old is not None:
-                    if old["digest"] != mark:
-                        raise SystemExit(
-                            f"{results.folder} has {arm} on {cell} of other sizes, "
-                            "expected this protocol's: choose another --out"
-                        )
-                    continue
-                selected = results.get(cell, SELECTION_SEED, "grid")
-                if selected is None and arm in ("oracle", *TUNED):
-                    raise SystemExit(
-                        f"{arm} on {cell} needs the arm grid: add it to --arms"
-                    )
-                record = play(protocol, arm, seeded, selected or {})
-                key = {"cell": cell, "seed": seed, "arm": arm, "digest": mark}
+        for these in (["grid"] if "grid" in searches else [], single, searches):
+            missing = _missing(protocol, results, cell, seeds, these)
+            selected = results.get(cell, SELECTION_SEED, "grid")
+            if selected is None and any(a in ("oracle", *TUNED) for a, _, _ in missing):
+                raise SystemExit(
+                    f"oracle and tuned arms on {cell} need the arm grid: add it to "
+                    "--arms"
+                )
+            entries = [
+                entry(protocol, arm, task, selected or {}) for arm, task, _ in missing
+            ]
+            runs = [each for each in entries if each is not None]
+            records = iter(steered(runs) if runs else [])
+            for each, (arm, task, mark) in zip(entries, missing, strict=True):
+                record = search(protocol, arm, task) if each is None else next(records)
+                key = {"cell": cell, "seed": task.seed, "arm": arm, "digest": mark}
                 results.add(key | record)
-                print(f"{cell}, seed {seed}, {arm}: {record['valid_loss']:.4f}")
+                loss = record["valid_loss"]
+                print(f"{cell}, seed {task.seed}, {arm}: {loss:.4f}", flush=True)
+
+
+def _missing(
+    protocol: Protocol,
+    results: Results,
+    cell: str,
+    seeds: Iterable[int],
+    arms: Iterable[str],
+) -> list[tuple[str, Task, int]]:
+    """What has not been played: the arm, its task, and the digest of both."""
+    missing = []
+    for arm in arms:
+        for seed in [SELECTION_SEED] if arm == "grid" else seeds:
+            task = replace(protocol.cells[cell], seed=seed)
+            mark = digest(protocol, arm, task)
+            old = results.get(cell, seed, arm)
+            if old is None:
+                missing.append((arm, task, mark))
+            elif old["digest"] != mark:
+                raise SystemExit(
+                    f"{results.folder} has {arm} on {cell} of other sizes, "
+                    "expected this protocol's: choose another --out"
+                )
+    return missing
 
 
 # --- judging --------------------------------------------------------------------------

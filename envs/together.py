@@ -11,10 +11,9 @@ from stable_baselines3.common.vec_env.base_vec_env import (
     VecEnvStepReturn,
 )
 
-from rlrnn.control import Signals
 from rlrnn.data.chunks import Problem
 from rlrnn.envs.tuning import TuningEnv
-from rlrnn.population import Population, joined
+from rlrnn.population import Population, joined, single
 from rlrnn.tasks import Task, build_problem, build_trainer
 from rlrnn.training import Trainer
 
@@ -70,7 +69,7 @@ class TuningVecEnv(VecEnv):
         self.population = None
         observations = []
         for row, place in enumerate(places):
-            observation, info = self.envs[place].begin(_row(told, row))
+            observation, info = self.envs[place].begin(single(told, row))
             self.reset_infos[place] = info
             observations.append(observation)
         return np.stack(observations)
@@ -88,7 +87,7 @@ class TuningVecEnv(VecEnv):
         ]
         told = self.population.step(joined(chosen))
         steps = [
-            env.settle(knobs, _row(told, row))
+            env.settle(knobs, single(told, row))
             for row, (env, knobs) in enumerate(zip(self.envs, chosen, strict=True))
         ]
         observations = np.stack([observation for observation, *_ in steps])
@@ -137,9 +136,3 @@ class TuningVecEnv(VecEnv):
         self, wrapper_class: type[Any], indices: VecEnvIndices = None
     ) -> list[bool]:
         return [False for _ in self._get_indices(indices)]
-
-
-def _row(signals: Signals, run: int) -> Signals:
-    return Signals(
-        **{name: value[run : run + 1] for name, value in vars(signals).items()}
-    )

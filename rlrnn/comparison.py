@@ -13,15 +13,13 @@ from tqdm.auto import tqdm
 
 from rlrnn import seeding
 from rlrnn.control import Array, Controller, prior
+from rlrnn.envs.tuning import SOLVED
 from rlrnn.population import Population
 from rlrnn.search import held_out
 from rlrnn.statistics import bootstrap_interval
 from rlrnn.tasks import Task, Tasks, build_trainer
 
 FEW = 5  # tasks, below which an interval says nothing
-SOLVED = (
-    0.02  # of the first loss: below it a task is solved, and the logarithm is noise
-)
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,10 @@ def falls_below(mine: Played, its: Played) -> Array:
     """log(prior's loss / controller's) [M]; a loss of a solved task counts as `SOLVED`
     of its first one."""
     floor = SOLVED * its.probe_loss[0]
-    falls: Array = np.log(np.maximum(its.losses, floor))
-    return falls - np.log(np.maximum(mine.losses, floor))
+    falls: Array = np.log(
+        np.maximum(its.losses, floor) / np.maximum(mine.losses, floor)
+    )
+    return falls
 
 
 def gain(falls: Array) -> dict[str, float]:

@@ -258,6 +258,7 @@ class TuneConfig:
         algorithm: ppo, or es, evolution strategies: a rollout is then an episode of
             each of the envs, and of the agent's options cell, hidden_size, layers,
             net_arch, anneal and normalize apply.
+        init_from: a controller file whose policy learning begins with.
         validate_every: updates after which the likeliest actions are compared with the
             prior; the best policy so far is the one that is kept.
         validation_tasks: on which this is done, the same each time; none, and the last
@@ -281,6 +282,7 @@ class TuneConfig:
     envs: int = 16
     group: int = 8
     algorithm: Algorithm = "ppo"
+    init_from: str | None = None
     validate_every: int = 12
     validation_tasks: int = 16
     eval_tasks: int = 24

@@ -114,6 +114,7 @@ FEATURES = (
     "train loss, fall per interval, slow average",
     "probe loss, fall per interval",
     "probe loss, fall per interval, slow average",
+    "log probe loss, fall since the start",
     "log probe loss - log train loss",
     "log loss noise",
     "log gradient norm - its average",
@@ -121,6 +122,7 @@ FEATURES = (
     "clip fraction",
     "gradient cosine",
     "log update ratio",
+    "log(lambda of the prior / default)",
     "log(lambda / lambda of the prior)",
     "log2(K / K of the prior)",
     "log2 K",
@@ -197,6 +199,7 @@ class Codec:
             "previous": np.zeros((n, 2)),
             "train": np.full(n, np.nan),  # log losses at the decision before
             "probe": np.full(n, np.nan),
+            "first": np.full(n, np.nan),  # log probe loss before training
             "train_fall": zeros,
             "probe_fall": zeros,
             "log_grad": np.full(n, np.nan),
@@ -207,6 +210,7 @@ class Codec:
     ) -> tuple[NDArray[np.float32], State]:
         """The observation [n, len(FEATURES)], within ±5, and the state after it."""
         train, probe = np.log(signals.train_loss), np.log(signals.probe_loss)
+        first = np.where(np.isnan(state["first"]), probe, state["first"])
         train_fall = np.nan_to_num(state["train"] - train)
         probe_fall = np.nan_to_num(state["probe"] - probe)
         slow_train = 0.8 * state["train_fall"] + 0.2 * train_fall
@@ -218,6 +222,7 @@ class Codec:
             20 * slow_train,
             20 * probe_fall,
             20 * slow_probe,
+            first - probe,
             5 * (probe - train),
             np.log(signals.loss_noise) + 3,
             log_grad - usual,
@@ -225,6 +230,7 @@ class Codec:
             2 * signals.clip_fraction - 1,
             2 * signals.grad_cosine,
             (np.log(signals.update_ratio) + 4) / 2,
+            np.log(base_lambda(signals) / default_lambda(rate_power(signals))),
             state["log_lambda"],
             state["log2_k"] - math.log2(self.truncation),
             state["log2_k"] / 2 - 2,
@@ -248,6 +254,7 @@ class Codec:
             **state,
             "train": np.where(np.isnan(train), state["train"], train),
             "probe": np.where(np.isnan(probe), state["probe"], probe),
+            "first": first,
             "train_fall": slow_train,
             "probe_fall": slow_probe,
             "log_grad": np.where(

@@ -40,7 +40,6 @@ from rlrnn.control import FEATURES, Controller, Knobs, Signals, State, prior
 from rlrnn.costs import in_tokens, tokens_per_second
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
-from rlrnn.envs.tuning import log_loss
 from rlrnn.evaluation import inference_speed, score, tally
 from rlrnn.explain import left_to_prior
 from rlrnn.finished import load_model, same, save_model
@@ -370,7 +369,7 @@ def _fit(
                 if trainer.done:
                     figures = _held_out(trainer, "valid")
                 row = _fit_row(trainer, signals, figures)
-                reward = log_loss(seen) - log_loss(signals)
+                reward = math.log(seen.probe_loss[0] / signals.probe_loss[0])
                 moves = _moves(seen, knobs, before, state)
                 run.log({**row, **moves, "decision/reward": reward})
                 # a run that has failed has nothing to be best at

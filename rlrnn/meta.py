@@ -11,11 +11,16 @@ import numpy as np
 import torch
 import yaml
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_wrapper
 
 from rlrnn import __version__, plots, seeding
 from rlrnn.agents import RecurrentPPO
-from rlrnn.agents.controller import initial_logits, learned, save_controller
+from rlrnn.agents.controller import (
+    initial_logits,
+    learned,
+    load_policy,
+    save_controller,
+)
 from rlrnn.agents.evolution import EvolutionStrategies
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.card import card_text
@@ -221,6 +226,18 @@ def _player(config: TuneConfig, envs: VecEnv) -> RecurrentPPO | EvolutionStrateg
     )
 
 
+def _begin_with(policy: RecurrentPolicy, path: str) -> None:
+    """Raises ValueError if the policy in the file is of other sizes."""
+    try:
+        policy.load_state_dict(load_policy(path).state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"init_from is {path}, whose policy is not that of agent ({reason}); "
+            "expected one of the same cell and sizes"
+        ) from None
+
+
 def _tune(
     config: TuneConfig,
     run: Run,
@@ -231,6 +248,10 @@ def _tune(
 ) -> Summary:
     watched = Ranges(envs)
     agent = _player(config, watched)
+    if config.init_from is not None and saved is None:
+        _begin_with(agent.policy, config.init_from)
+    assert agent.env is not None
+    grouped = unwrap_vec_wrapper(agent.env, GroupBaseline)
     log, validation = _TuningLog(config.group), _Validation(config, run, stopped)
     steps = config.episodes * config.tasks.decisions
 
@@ -238,6 +259,7 @@ def _tune(
         return {
             "agent": agent.state_dict(),
             "envs": envs.env_method("state_dict"),
+            "group": None if grouped is None else grouped.state_dict(),
             "episodes": log.episodes,
             "ranges": [watched.low, watched.high],
             "validation": validation.state_dict(),
@@ -262,6 +284,8 @@ def _tune(
             agent._last_obs = flow["agent"]["last_obs"]
             agent._last_episode_starts = flow["agent"]["last_starts"]
             agent._last_state = flow["agent"]["last_state"].to(agent.device)
+        if grouped is not None:
+            grouped.load_state_dict(flow["group"])
         for rank, state in enumerate(flow["envs"]):
             envs.env_method("load_state_dict", state, indices=rank)
         keeper.restore(saved, agent.num_timesteps)

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlrnn.control import Array, Knobs, Signals
+from rlrnn.control import Array, Controller, Knobs, Signals
 from rlrnn.data.chunks import Chunk
 from rlrnn.evaluation import WINDOW
 from rlrnn.ledger import Interval, Measured, TrainingConfig
@@ -93,7 +93,7 @@ class Population:
             jobs = []
             for row in rows:
                 trainer, member = cohort.trainers[row], cohort.members[row]
-                plan = trainer.plan(_row(knobs, member))
+                plan = trainer.plan(single(knobs, member))
                 jobs.append(_Job(row, plan.truncation, plan.rates, trainer, plan))
             played = cohort.play(jobs)
             ratios = cohort.update_ratios(rows, before)
@@ -140,10 +140,72 @@ FREE = (  # the options of a training that a population has
 )
 
 
-def _check(trainer: Trainer) -> None:
+def suits(trainer: Trainer) -> bool:
+    """Whether a population can hold this run."""
     config = trainer.config
     plain = TrainingConfig(**{name: getattr(config, name) for name in FREE})
-    if config != plain or config.optimizer not in OPTIMIZERS or trainer.source.whole:
+    return (
+        config == plain
+        and config.optimizer in OPTIMIZERS
+        and not trainer.source.whole
+        and Form.fits(trainer.model)
+    )
+
+
+MOST = 64  # runs side by side: more gain nothing on a CPU
+
+
+def play_all(
+    trainers: Sequence[Trainer], controllers: Sequence[Controller]
+) -> list[list[Signals]]:
+    """Fresh trainers, each to its end under a controller of its own; those that a
+    population can hold side by side, the others one after the other. The signals of
+    each run [1], those of `start` first."""
+    told: list[list[Signals]] = [[] for _ in trainers]
+    for tested in (False, True):
+        numbers = [i for i, c in enumerate(controllers) if c.range_test == tested]
+        together = [i for i in numbers if suits(trainers[i])]
+        for begin in range(0, len(together), MOST):
+            some = together[begin : begin + MOST]
+            these = [controllers[i] for i in some]
+            rows = _together([trainers[i] for i in some], these, tested)
+            for number, signals in zip(some, rows, strict=True):
+                told[number] = signals
+        for number in sorted(set(numbers) - set(together)):
+            told[number] = _alone(trainers[number], controllers[number])
+    return told
+
+
+def _together(
+    trainers: Sequence[Trainer], controllers: Sequence[Controller], range_test: bool
+) -> list[list[Signals]]:
+    population = Population(trainers)
+    states = [controller.init(1) for controller in controllers]
+    first = population.start(range_test)
+    told = [[single(first, i)] for i in range(len(trainers))]
+    while not population.done.all():
+        chosen = []
+        for i, controller in enumerate(controllers):
+            knobs, states[i] = controller(told[i][-1], states[i])
+            chosen.append(knobs)
+        going = ~population.done
+        signals = population.step(joined(chosen))
+        for i in map(int, np.flatnonzero(going)):
+            told[i].append(single(signals, i))
+    population.sync()
+    return told
+
+
+def _alone(trainer: Trainer, controller: Controller) -> list[Signals]:
+    state, told = controller.init(1), [trainer.start(controller.range_test)]
+    while not trainer.done:
+        knobs, state = controller(told[-1], state)
+        told.append(trainer.step(knobs))
+    return told
+
+
+def _check(trainer: Trainer) -> None:
+    if not suits(trainer):
         raise ValueError(
             "a population trains on streams with sgd, momentum, adam or adamw and no "
             f"options but {', '.join(FREE)}; train such a run alone"
@@ -160,8 +222,9 @@ def joined(rows: Sequence[Arrays]) -> Arrays:
     return type(rows[0])(**columns)
 
 
-def _row(knobs: Knobs, run: int) -> Knobs:
-    return Knobs(**{name: value[run : run + 1] for name, value in vars(knobs).items()})
+def single(of: Arrays, run: int) -> Arrays:
+    """The knobs, or the signals, of one run of several."""
+    return type(of)(**{name: value[run : run + 1] for name, value in vars(of).items()})
 
 
 @dataclass(frozen=True)

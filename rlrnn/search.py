@@ -19,7 +19,8 @@ from rlrnn.baselines import Constant, WarmupCosine
 from rlrnn.checks import at_least
 from rlrnn.control import LR_BOUNDS, TRUNCATION_BOUNDS, Controller
 from rlrnn.evaluation import mean_loss
-from rlrnn.tasks import Task, build_trainer
+from rlrnn.population import MOST, play_all
+from rlrnn.tasks import Task, build_problem, build_trainer
 from rlrnn.training import Trainer
 
 Schedule = Literal["constant", "cosine"]
@@ -124,13 +125,18 @@ def held_out(trainer: Trainer) -> float:
     return float(loss)
 
 
-def play_each(task: Task, settings: Sequence[Settings]) -> list[Outcome]:
-    """One run after the other."""
-    outcomes = []
-    for some in settings:
-        run = Training(task, some)
-        run.advance(task.training.decisions)
-        outcomes.append(run.outcome())
+def play_together(task: Task, settings: Sequence[Settings]) -> list[Outcome]:
+    """Side by side, where a population can hold them; their data are made once."""
+    problem = build_problem(task)
+    outcomes: list[Outcome] = []
+    for begin in range(0, len(settings), MOST):
+        some = settings[begin : begin + MOST]
+        trainers = [build_trainer(task, problem=problem) for _ in some]
+        play_all(trainers, [each.controller() for each in some])
+        outcomes += [
+            Outcome(each, t.last_probe, held_out(t), t.spent / t.budget)
+            for each, t in zip(some, trainers, strict=True)
+        ]
     return outcomes
 
 
@@ -161,20 +167,20 @@ def grid(task: Task) -> list[Settings]:
 
 
 def search_all(
-    task: Task, settings: Sequence[Settings], play: Play = play_each
+    task: Task, settings: Sequence[Settings], play: Play = play_together
 ) -> Found:
     """The best of these settings."""
     runs = play(task, settings)
     return Found(_best(runs), math.fsum(run.cost for run in runs), runs)
 
 
-def grid_search(task: Task, play: Play = play_each) -> Found:
+def grid_search(task: Task, play: Play = play_together) -> Found:
     """The best of `grid`."""
     return search_all(task, grid(task), play)
 
 
 def random_search(
-    task: Task, n: int, rng: np.random.Generator, play: Play = play_each
+    task: Task, n: int, rng: np.random.Generator, play: Play = play_together
 ) -> Found:
     """The best of n random settings (Bergstra & Bengio 2012). Raises ValueError if n is
     below 1."""

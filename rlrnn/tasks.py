@@ -273,7 +273,8 @@ class Tasks:
                 batch=batch,
                 size=150_000,
                 symbols=int(rng.integers(6, 25)),
-                memory=int(2 ** rng.uniform(1, 4.5)),
+                # longer strings are not learned in such budgets
+                memory=int(2 ** rng.uniform(1, 3.3 if kind == "copy" else 4.5)),
             )
         return Task(
             data,

@@ -23,9 +23,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is played: runs that are told what they come to."""
     calls: list[str] = []
 
-    def play(plan: Any, arm: str, task: Any, selected: Any) -> dict[str, Any]:
+    def record(plan: Any, arm: str, task: Any) -> dict[str, Any]:
         calls.append(arm)
-        assert bool(selected) == (arm != "grid" and "grid" in calls)
         loss = LOSSES.get(arm, 2.75) + 0.01 * (task.seed % 1000)
         return {
             "valid_loss": loss,
@@ -37,7 +36,16 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             "curve": [(0.0, 9.0), (0.5, 2.6), (1.0, loss)],
         }
 
-    monkeypatch.setattr(protocol, "play", play)
+    def entry(plan: Any, arm: str, task: Any, selected: Any) -> Any:
+        assert bool(selected) == ("grid" in calls and arm != "grid")
+        return None if arm in ("grid", *plan.searches) else (plan, arm, task)
+
+    def steered(entries: Any) -> list[dict[str, Any]]:
+        return [record(*entry) for entry in entries]
+
+    for function in (entry, steered):
+        monkeypatch.setattr(protocol, function.__name__, function)
+    monkeypatch.setattr(protocol, "search", record)
     return calls
 
 
@@ -76,7 +84,9 @@ def test_what_is_there_is_not_played_again(played: list[str], tmp_path: Path) ->
 
 def test_other_sizes_are_not_mixed(played: list[str], tmp_path: Path) -> None:
     results = protocol.Results(tmp_path, "runs")
-    with pytest.raises(SystemExit, match="^oracle on markov needs the arm grid"):
+    with pytest.raises(
+        SystemExit, match="^oracle and tuned arms on markov need the arm"
+    ):
         protocol.run(protocol.SMALL, results, CELLS, SEEDS, ["oracle"])
     protocol.run(protocol.SMALL, results, CELLS, SEEDS, ["default"])
     cells = {name: protocol.CELLS["text"] for name in CELLS}

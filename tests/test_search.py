@@ -143,7 +143,7 @@ def test_a_run_is_that_of_fit_and_costs_what_it_spent() -> None:
     total = 0.0
     for run in found.runs:
         trainer = run_task(task(), run.settings.controller())
-        assert run.probe_loss == trainer.last_probe
+        assert run.probe_loss == pytest.approx(trainer.last_probe, rel=1e-5)
         assert run.cost == trainer.spent / trainer.budget
         nats = trainer.score("valid")["nats"]
         assert run.valid_loss == pytest.approx(nats, rel=1e-5)

@@ -21,17 +21,17 @@ from rlrnn import checkpoint
 from rlrnn.agents.controller import (
     OBSERVATIONS,
     SHIPPED,
-    PolicyPlayer,
     controller_card,
     initial_logits,
     learned,
     load_controller,
+    load_policy,
     save_controller,
 )
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.checkpoint import CheckpointError
 from rlrnn.control import ACTIONS, NO_OP, Controller, Knobs, Signals, State, prior
-from rlrnn.envs.tuning import LOSS_FLOOR, GroupBaseline, TuningEnv, log_loss
+from rlrnn.envs.tuning import FIRST_SCALE, SOLVED, GroupBaseline, TuningEnv, log_loss
 from rlrnn.flows import run_task
 from rlrnn.ledger import Interval, TrainingConfig
 from rlrnn.models import ModelConfig
@@ -145,7 +145,8 @@ def test_rewards_add_up_to_the_fall_of_the_log_loss(
     steps = episode(env, fixed(*moves))
     first, last = (steps[i][3]["signals"]["probe_loss"] for i in (0, -1))
     total = sum(reward for _, reward, _, _ in steps)
-    assert total == pytest.approx(math.log(first / last), abs=1e-9)
+    expected = math.log(first * (1 + SOLVED) / (last + SOLVED * first))
+    assert total == pytest.approx(expected, abs=1e-9)
     end = steps[-1][3]
     assert end["episode"]["r"] == pytest.approx(total)
     assert end["episode"]["l"] == len(steps) - 1
@@ -157,9 +158,9 @@ def test_rewards_add_up_to_the_fall_of_the_log_loss(
 
 
 def test_a_loss_that_is_nearly_zero_has_a_floor() -> None:
-    for loss, expected in ((0.0, LOSS_FLOOR), (1e-9, LOSS_FLOOR), (0.5, 0.5)):
+    for loss, expected in ((0.0, 0.06), (1e-9, 0.06), (0.5, 0.56)):
         told = Signals(**{k: np.array([loss]) for k in Signals.__dataclass_fields__})
-        assert log_loss(told) == pytest.approx(math.log(expected))
+        assert log_loss(told, first=3.0) == pytest.approx(math.log(expected))
 
 
 def test_same_seed_same_episode_and_another_seed_another() -> None:
@@ -302,7 +303,10 @@ def test_the_group_baseline_takes_the_groups_mean() -> None:
     for _ in range(7):  # over the end of the shorter task
         actions = rng.integers(0, ACTIONS, size=(4, 2))
         a, raw, dones, _ = plain.step(actions)
-        b, rewards, its_dones, _ = centred.step(actions)
+        before = dict(centred.squares)
+        b, rewards, its_dones, infos = centred.step(actions)
+        squares = [before.get(i["family"], FIRST_SCALE**2) for i in infos]
+        rewards = rewards * np.sqrt(squares, dtype=np.float32)
         assert np.array_equal(a, b) and np.array_equal(dones, its_dones)
         groups = raw.reshape(2, 2).astype(np.float64)
         expected = (groups - groups.mean(1, keepdims=True)).ravel()
@@ -339,7 +343,11 @@ class Ends(gymnasium.Env[NDArray[np.float32], Any]):
         self, action: int
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         self.decision += 1
-        info = {"episode_index": self.episode, "decision": self.decision}
+        info = {
+            "episode_index": self.episode,
+            "decision": self.decision,
+            "family": "",
+        }
         over = self.decision >= (self.length if self.episode == 0 else 4)
         return np.zeros(1, np.float32), float(self.index**2), over, False, info
 
@@ -348,13 +356,32 @@ def test_who_is_an_episode_ahead_is_compared_with_nobody() -> None:
     makers: Any = [lambda i=i, n=n: Ends(i, n) for i, n in enumerate((4, 2, 4))]
     env = GroupBaseline(DummyVecEnv(makers), 3)
     env.reset()
-    seen = [env.step(np.zeros(3, int))[1].tolist() for _ in range(4)]
+    seen = [unscaled(env) for _ in range(4)]
     before, after = [-5 / 3, -2 / 3, 7 / 3], [-2.0, 0.0, 2.0]
     assert np.allclose(seen, [before, before, after, after])
     env = GroupBaseline(DummyVecEnv([makers[0], makers[1]]), 2)
     env.reset()
-    seen = [env.step(np.zeros(2, int))[1].tolist() for _ in range(4)]
-    assert seen == [[-0.5, 0.5]] * 2 + [[0, 0]] * 2
+    seen = [unscaled(env) for _ in range(4)]
+    assert np.allclose(seen, [[-0.5, 0.5]] * 2 + [[0, 0]] * 2)
+
+
+def unscaled(env: GroupBaseline) -> list[float]:
+    """The rewards of a step, times the scale that they were divided by."""
+    scale = math.sqrt(env.squares.get("", FIRST_SCALE**2))
+    rewards = env.step(np.zeros(env.num_envs, int))[1]
+    return [float(reward) * scale for reward in rewards]
+
+
+def test_the_scale_of_a_family_is_that_of_its_returns() -> None:
+    env = GroupBaseline(DummyVecEnv([lambda i=i: Ends(i, 4) for i in (1, 3)]), 2)  # type: ignore[misc]
+    env.reset()
+    for _ in range(4 * 300):
+        env.step(np.zeros(2, int))
+    # 4 steps of -4 and of 4, from a first guess that is forgotten by and by
+    assert math.sqrt(env.squares[""]) == pytest.approx(16, rel=0.02)
+    other = GroupBaseline(DummyVecEnv([lambda i=i: Ends(i, 4) for i in (1, 3)]), 2)  # type: ignore[misc]
+    other.load_state_dict(env.state_dict())
+    assert other.state_dict()["squares"] == env.state_dict()["squares"]
 
 
 def test_a_group_that_does_not_divide_is_one_line() -> None:
@@ -449,7 +476,7 @@ def test_a_file_that_is_no_controller_is_one_line(tmp_path: Path) -> None:
     other = tmp_path / "other.zip"
     tree = checkpoint.load(good)
     checkpoint.save(other, {**tree, "features": tree["features"][:-1]})
-    assert "made for other signals (25, here 26)" in error(other)
+    assert "made for other signals (27, here 28)" in error(other)
     data = bytearray(good.read_bytes())
     for at in (len(data) // 3, len(data) // 2):
         bad = tmp_path / f"bad{at}.zip"
@@ -464,9 +491,8 @@ def test_the_shipped_controller_says_how_it_was_made() -> None:
     """A small file, made by a command that anyone can repeat."""
     assert SHIPPED.stat().st_size <= 1_000_000
     card = controller_card(SHIPPED)
-    assert card["command"] == "rlrnn tune --config controller_small"
+    assert card["command"].startswith("rlrnn tune --config controller")
     assert card["seed"] == 0 and card["time/hours"] > 0
-    controller = load_controller()
-    assert isinstance(controller.player, PolicyPlayer)
-    head = controller.player.policy.action_net.weight
+    assert load_controller().codec.ablation == "none"
+    head = load_policy(SHIPPED).action_net.weight
     assert float(head.detach().abs().max()) > 0.01  # it was zero before training
