@@ -519,14 +519,18 @@ def plot(
             curves = [np.array(record["curve"]) for record in found if record]
             if curves and len({len(curve) for curve in curves}) == 1:
                 cost, loss = np.median(curves, 0).T
-                axis.plot(cost, loss, label=arm, color=colormaps["tab20"](color), lw=1)
+                mine = arm in protocol.learned
+                look = ("black", 2) if mine else (colormaps["tab20"](color), 1)
+                axis.plot(cost, loss, label=arm, color=look[0], lw=look[1])
         axis.set_title(cell, fontsize=9)
         axis.set(xlabel="share of the budget", ylabel="probe loss")
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
+    for axis in axes[len(cells) :]:
+        axis.axis("off")
     axes[0].legend(fontsize=6)
     path = results.folder / "losses.png"
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     return path
 
 
