@@ -12,11 +12,18 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from rlrnn import seeding
-from rlrnn.control import ACTIONS, FEATURES, Ablation, Codec, Knobs, Signals
+from rlrnn.control import (
+    ACTIONS,
+    FEATURES,
+    SOLVED,
+    Ablation,
+    Codec,
+    Knobs,
+    Signals,
+)
 from rlrnn.tasks import Task, Tasks, build_trainer
 from rlrnn.training import Trainer
 
-SOLVED = 0.02  # of the first loss: below it a task is solved, its logarithm noise
 PLAIN = 8  # one drawn task in so many has the signals of a plain loop only
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from rlrnn import seeding
-from rlrnn.control import Array, Controller, prior
-from rlrnn.envs.tuning import SOLVED
+from rlrnn.control import SOLVED, Array, Controller, prior
 from rlrnn.population import Population
 from rlrnn.search import held_out
 from rlrnn.statistics import bootstrap_interval

@@ -23,6 +23,7 @@ State = dict[str, Any]  # a tree that `rlrnn.checkpoint` can hold
 
 LR_BOUNDS = (1e-6, 10.0)
 TRUNCATION_BOUNDS = (4, 1024)
+SOLVED = 0.02  # of the first loss: below it a task is solved, its logarithm noise
 
 
 @dataclass(frozen=True)

@@ -513,10 +513,15 @@ def test_observations_do_not_know_the_unit_of_the_loss() -> None:
     ]
 
 
-def test_observations_do_not_know_the_rate_that_fits_the_task() -> None:
+def test_one_feature_alone_knows_the_rate_that_fits_the_task() -> None:
     rows = story(4)
     other = [Signals(**vars(r) | {"range_lr": r.range_lr / 2}) for r in rows]
-    assert np.allclose(observed(rows, (2, 1)), observed(other, (2, 1)), atol=1e-6)
+    seen, its = observed(rows, (2, 1)), observed(other, (2, 1))
+    one = column("log(lambda of the prior / default)")
+    assert np.allclose(np.delete(seen, one, 2), np.delete(its, one, 2), atol=1e-6)
+    told = ~np.isnan(rows[0].range_lr)
+    difference = (seen - its)[:, told, one]
+    assert np.allclose(difference, np.log(2), atol=1e-6)
 
 
 def test_falls_are_falls() -> None:

@@ -30,8 +30,17 @@ from rlrnn.agents.controller import (
 )
 from rlrnn.agents.policies import RecurrentPolicy
 from rlrnn.checkpoint import CheckpointError
-from rlrnn.control import ACTIONS, NO_OP, Controller, Knobs, Signals, State, prior
-from rlrnn.envs.tuning import FIRST_SCALE, SOLVED, GroupBaseline, TuningEnv, log_loss
+from rlrnn.control import (
+    ACTIONS,
+    NO_OP,
+    SOLVED,
+    Controller,
+    Knobs,
+    Signals,
+    State,
+    prior,
+)
+from rlrnn.envs.tuning import FIRST_SCALE, GroupBaseline, TuningEnv, log_loss
 from rlrnn.flows import run_task
 from rlrnn.ledger import Interval, TrainingConfig
 from rlrnn.models import ModelConfig
