@@ -1,14 +1,15 @@
 """The protocol: held-out tasks x seeds x arms, all charged the same.
 
     python benchmarks/controller.py --small                       # minutes
-    python benchmarks/controller.py --out runs/protocol           # days of a core
+    python benchmarks/controller.py --out runs/protocol           # many hours of a core
     python benchmarks/controller.py --out runs/protocol --cells rnn sgd --name second
     python benchmarks/controller.py --out runs/protocol --report  # table and plots
 
 Each finished run is a JSON line in OUT/NAME.jsonl and is not repeated: several of these
 can share OUT, each with a NAME. Cells differ from what meta-training saw in data,
-size, cell, optimiser or budget. All arms of a cell and seed begin with the same weights
-and read the data in the same order.
+size, cell, optimiser or budget; but the shipped controller has met copying, with
+shorter memories (docs/controller.md). All arms of a cell and seed begin with the same
+weights and read the data in the same order.
 
 `default` is lr 1e-3, K = 32, constant; `oracle` the settings with the lowest probe loss
 of a grid of 182, found under another seed, and run under each seed; `tuned cosine` and
@@ -313,10 +314,11 @@ def run(
 ) -> None:
     """Plays what is not there yet."""
     seeds, arms = list(seeds), list(arms)
-    searches = [a for a in ("grid", *protocol.searches) if a in arms]
-    single = [a for a in protocol.arms if a in arms and a not in searches]
+    last = protocol.searches
+    single = [arm for arm in protocol.arms if arm not in ("grid", *last)]
     for cell in cells:
-        for these in (["grid"] if "grid" in searches else [], single, searches):
+        for group in (["grid"], single, last):  # a group's single runs side by side
+            these = [arm for arm in group if arm in arms]
             missing = _missing(protocol, results, cell, seeds, these)
             selected = results.get(cell, SELECTION_SEED, "grid")
             if selected is None and any(a in ("oracle", *TUNED) for a, _, _ in missing):

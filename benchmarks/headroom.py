@@ -26,7 +26,7 @@ from rlrnn.baselines import Constant
 from rlrnn.control import Controller, Knobs, Signals, State, make_knobs, rate_power
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
-from rlrnn.population import MOST, play_all
+from rlrnn.population import play_all
 from rlrnn.search import grid, held_out
 from rlrnn.statistics import bootstrap_interval
 from rlrnn.tasks import DataConfig, Task, build_problem, build_trainer
@@ -94,38 +94,35 @@ def draw(task: Task, moves: Moves, rng: np.random.Generator) -> Schedule:
 
 def losses(task: Task, controllers: Sequence[Controller]) -> list[tuple[float, float]]:
     """Probe and validation loss of a run under each, all from the same weights."""
-    problem, found = build_problem(task), []
-    for begin in range(0, len(controllers), MOST):
-        some = controllers[begin : begin + MOST]
-        trainers = [build_trainer(task, problem=problem) for _ in some]
-        play_all(trainers, some)
-        found += [(trainer.last_probe, held_out(trainer)) for trainer in trainers]
-    return found
+    problem = build_problem(task)
+    trainers = [build_trainer(task, problem=problem) for _ in controllers]
+    play_all(trainers, controllers)
+    return [(trainer.last_probe, held_out(trainer)) for trainer in trainers]
 
 
 def study(task: Task, schedules: int) -> dict[str, Any]:
     """The winners of each kind, and their losses under fresh seeds."""
     rng = np.random.default_rng(seeding.derive(0, "headroom"))
-    candidates: dict[str, list[Controller]] = {
-        "static": [settings.controller() for settings in grid(task)],
+    tried: list[Controller] = [settings.controller() for settings in grid(task)]
+    kinds = {
+        "static": list(range(len(tried))),
         "static, constant": [
-            s.controller() for s in grid(task) if s.schedule == "constant"
+            i for i, s in enumerate(grid(task)) if s.schedule == "constant"
         ],
     }
-    for moves, share in (("both", 2), ("rate", 1), ("truncation", 1)):
-        count = schedules * share // 4
-        candidates[moves] = [draw(task, moves, rng) for _ in range(count)]  # type: ignore[arg-type]
-    flat = [controller for some in candidates.values() for controller in some]
-    probes = np.array([probe for probe, _ in losses(task, flat)])
+    shares: dict[Moves, int] = {"both": 2, "rate": 1, "truncation": 1}
+    for moves, share in shares.items():
+        drawn = [draw(task, moves, rng) for _ in range(schedules * share // 4)]
+        kinds[moves] = list(range(len(tried), len(tried) + len(drawn)))
+        tried += drawn
+    probes = np.array([probe for probe, _ in losses(task, tried)])
     record: dict[str, Any] = {"kinds": {}}
     winners: list[Controller] = [Constant()]
-    names, begin = ["default"], 0
-    for kind, some in candidates.items():
-        own = probes[begin : begin + len(some)]
-        begin += len(some)
-        for place in np.argsort(np.nan_to_num(own, nan=np.inf))[:WINNERS]:
-            winners.append(some[place])
-            names.append(kind)
+    names = ["default"]
+    for kind, places in kinds.items():
+        best = np.argsort(np.nan_to_num(probes[places], nan=np.inf))[:WINNERS]
+        winners += [tried[places[i]] for i in best]
+        names += [kind] * len(best)
     fresh = np.array(
         [losses(replace(task, seed=1 + seed), winners) for seed in range(2 * FRESH)]
     )  # [seeds, winners, (probe, validation)]
@@ -148,17 +145,19 @@ def report(records: dict[str, Any]) -> str:
     lines = [
         f"Validation losses, mean of {FRESH} fresh seeds; gains are the geometric mean "
         "of paired ratios against the best static setting, with a 95 % bootstrap "
-        "interval.",
+        "interval; where only K moves, against the best at a constant rate.",
         "",
-        "| task | default | best static | rate and K move | only the rate | only K |",
-        "|---|---|---|---|---|---|",
+        "| task | default | static | static, constant rate | rate and K move "
+        "| only the rate | only K |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, record in records.items():
         kinds = {kind: np.array(v["valid"]) for kind, v in record["kinds"].items()}
-        static = kinds["static"]
-        cells = [f"{kinds['default'].mean():.3f}", f"{static.mean():.3f}"]
+        shown = ("default", "static", "static, constant")
+        cells = [f"{kinds[kind].mean():.3f}" for kind in shown]
         for kind in ("both", "rate", "truncation"):
-            falls = np.log(static / kinds[kind])
+            rival = "static, constant" if kind == "truncation" else "static"
+            falls = np.log(kinds[rival] / kinds[kind])
             low, high = bootstrap_interval(falls[:, None], lambda x: float(x.mean()))
             cells.append(
                 f"{kinds[kind].mean():.3f} ({_percent(falls.mean())} "

@@ -24,7 +24,7 @@ from rlrnn.data.chunks import Problem, Symbols, split_symbols
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.stacked import Stack, Windows
-from rlrnn.training import Trainer
+from rlrnn.training import Trainer, _Seen
 
 CLASSES, STREAMS, LR = 65, 16, 1e-3
 MODELS = {"cpu": 64, "cuda": 512}
@@ -51,9 +51,11 @@ def one_by_one(count: int, device: str) -> Callable[[int], None]:
 
     def run(steps: int) -> None:
         for trainer in trainers:
-            trainer.optimizer.zero_grad(set_to_none=True)
-            trainer._gradient(trainer.next_chunk(steps), steps)
-            trainer._update(steps)
+            seen, chunk = _Seen(), trainer.next_chunk(steps)
+            if trainer.fast is not None:  # as `Trainer.step` does
+                trainer._train_at_once(trainer.fast, chunk, seen, steps)
+            else:
+                trainer._train(chunk, steps, seen, steps)
 
     return run
 

@@ -46,6 +46,7 @@ from rlrnn.finished import load_model, same, save_model
 from rlrnn.meta import tune as tune
 from rlrnn.models import SequenceModel
 from rlrnn.objectives import Classes
+from rlrnn.population import play_alone
 from rlrnn.running import (
     Keeper,
     Stopped,
@@ -463,11 +464,7 @@ def _held_out(trainer: Trainer, split: str) -> Summary:
 def run_task(task: Task, controller: Controller, device: str = "cpu") -> Trainer:
     """A task trained to the end under a controller, without a run folder."""
     trainer = build_trainer(task, device)
-    state = controller.init(1)
-    signals = trainer.start(controller.range_test)
-    while not trainer.done:
-        knobs, state = controller(signals, state)
-        signals = trainer.step(knobs)
+    play_alone(trainer, controller)
     return trainer
 
 

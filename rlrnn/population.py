@@ -152,7 +152,7 @@ def suits(trainer: Trainer) -> bool:
     )
 
 
-MOST = 64  # runs side by side: more gain nothing on a CPU
+MOST = 64  # runs side by side, which bounds what their data take
 
 
 def play_all(
@@ -172,7 +172,7 @@ def play_all(
             for number, signals in zip(some, rows, strict=True):
                 told[number] = signals
         for number in sorted(set(numbers) - set(together)):
-            told[number] = _alone(trainers[number], controllers[number])
+            told[number] = play_alone(trainers[number], controllers[number])
     return told
 
 
@@ -196,7 +196,8 @@ def _together(
     return told
 
 
-def _alone(trainer: Trainer, controller: Controller) -> list[Signals]:
+def play_alone(trainer: Trainer, controller: Controller) -> list[Signals]:
+    """The same of one run, by itself."""
     state, told = controller.init(1), [trainer.start(controller.range_test)]
     while not trainer.done:
         knobs, state = controller(told[-1], state)

@@ -19,7 +19,7 @@ from rlrnn.baselines import Constant, WarmupCosine
 from rlrnn.checks import at_least
 from rlrnn.control import LR_BOUNDS, TRUNCATION_BOUNDS, Controller
 from rlrnn.evaluation import mean_loss
-from rlrnn.population import MOST, play_all
+from rlrnn.population import play_all
 from rlrnn.tasks import Task, build_problem, build_trainer
 from rlrnn.training import Trainer
 
@@ -128,16 +128,12 @@ def held_out(trainer: Trainer) -> float:
 def play_together(task: Task, settings: Sequence[Settings]) -> list[Outcome]:
     """Side by side, where a population can hold them; their data are made once."""
     problem = build_problem(task)
-    outcomes: list[Outcome] = []
-    for begin in range(0, len(settings), MOST):
-        some = settings[begin : begin + MOST]
-        trainers = [build_trainer(task, problem=problem) for _ in some]
-        play_all(trainers, [each.controller() for each in some])
-        outcomes += [
-            Outcome(each, t.last_probe, held_out(t), t.spent / t.budget)
-            for each, t in zip(some, trainers, strict=True)
-        ]
-    return outcomes
+    trainers = [build_trainer(task, problem=problem) for _ in settings]
+    play_all(trainers, [each.controller() for each in settings])
+    return [
+        Outcome(each, t.last_probe, held_out(t), t.spent / t.budget)
+        for each, t in zip(settings, trainers, strict=True)
+    ]
 
 
 def rate_range(task: Task) -> tuple[float, float]:
