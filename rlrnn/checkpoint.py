@@ -175,8 +175,12 @@ class Checkpoints:
         score = None if score is None else float(score)
         save(self.path(step), tree, {"step": step, "score": score})
         kept = {*self.steps()[-self.keep :], step, self.best_step()}
-        for old in set(self.steps()) - kept:
-            self._drop(self.path(old))
+        for there in self.steps():
+            if there not in kept:
+                self._drop(self.path(there))
+            elif self.path(there).is_dir():
+                # killed after the new one was in place, before the old one was gone
+                shutil.rmtree(_aside(self.path(there)), ignore_errors=True)
         return self.path(step)
 
     def best_step(self) -> int | None:

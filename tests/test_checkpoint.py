@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import stat
 import time
 import zipfile
@@ -586,6 +587,22 @@ def test_kill_nine(tmp_path: Path) -> None:
 
 
 # --- Checkpoints ----------------------------------------------------------------------
+
+
+def test_what_killed_replacements_leave_is_swept_or_used(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2):
+        saved.save(step, {"step": step})
+    old, new = saved.path(1), saved.path(2)
+    # killed between the two renames: the only copy waits aside, and counts
+    old.rename(checkpoint._aside(old))
+    # killed after both: the new one is in place, the old one not yet gone
+    shutil.copytree(new, checkpoint._aside(new))
+    assert saved.steps() == [1, 2]
+    assert load(old) == {"step": 1}
+    saved.save(3, {"step": 3})
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == {new.name, saved.path(3).name}
 
 
 def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
