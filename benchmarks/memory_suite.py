@@ -5,10 +5,12 @@
 
 `none` is the control: the same networks without recurrence. The recipe is fixed for all
 tasks and cells (`RECIPE`; observations that are numbers are normalised, and rewards
-then, too). As in the POPGym paper (Morad et al. 2023) the figure is MMER: the highest
-mean return in training (of the last 100 episodes, after each rollout), averaged over
-seeds. Normalised, 0 is the mean return of random actions (of
-256 episodes) and 1 the best that the task's docstring states, or else 1.
+then, too). It was chosen with gru and seed 0, which is not among the seeds below, on
+eight Easy tasks and up to 400 k steps. As in the POPGym paper (Morad et al. 2023) the
+figure is MMER: the highest mean return in training (of the last 100 episodes, after
+each rollout), averaged over seeds. The first tenth of the steps does not count: the
+first episodes to end are the short ones. Normalised, 0 is the mean return of random
+actions (of 256 episodes) and 1 the best that the task's docstring states, or else 1.
 
 A run that is in the folder, with as many steps, is not repeated: stop at any time and
 start again. Table and plot are made of all the runs of that length that are there.
@@ -36,16 +38,17 @@ from rlrnn.flows import make_envs
 from rlrnn.play import families, stated
 from rlrnn.running import make_agent
 
-CELLS = ("lstm", "gru", "rnn", "none")
-ENVS = 64
+CELLS = ("lstm", "gru", "rnn", "mingru", "none")
+ENVS = 32
 RECIPE = AgentConfig(
-    hidden_size=128,
+    hidden_size=64,
     net_arch=[64],
-    learning_rate=1e-3,  # annealed to zero
-    n_steps=128,
-    batch_size=1024,  # 8 whole columns
-    n_epochs=8,
-    ent_coef=0.01,
+    learning_rate=2e-3,  # annealed to zero
+    n_steps=64,
+    batch_size=512,  # 8 whole columns
+    n_epochs=4,
+    gamma=0.95,
+    ent_coef=0.003,
 )
 
 
@@ -101,7 +104,7 @@ def run(job: Job, folder: Path, device: str) -> tuple[Job, dict[str, Any]]:
     agent = make_agent(recipe, env, job.seed, device)
     curve, began = Curve(), time.perf_counter()
     agent.learn(job.steps, callback=curve, log_interval=10**9)
-    returns = [mean for _, mean in curve.rows]
+    returns = [mean for step, mean in curve.rows if step >= job.steps / 10]
     result = {
         "mmer": max(returns, default=None),  # None: no episode has ended
         "last": returns[-1] if returns else None,
@@ -183,7 +186,7 @@ def plot(normalised: dict[str, dict[str, float]], path: Path) -> None:
         ]
         if rows:
             y, x = zip(*rows, strict=True)
-            axis.plot(x, np.array(y) + 0.15 * (1.5 - i), "o", ms=4, label=cell)
+            axis.plot(x, np.array(y) + 0.15 * (2 - i), "o", ms=4, label=cell)
     axis.set_yticks(range(len(ids)), [short(id) for id in ids], fontsize=7)
     axis.axvline(0, color="grey", lw=0.5)
     axis.axvline(1, color="grey", lw=0.5)
@@ -198,7 +201,7 @@ def main() -> None:
     parser.add_argument("--ids", nargs="*", default=[], help="parts of ids")
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=CELLS)
     parser.add_argument("--steps", type=int, default=1_000_000)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/memory_suite"))

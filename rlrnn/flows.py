@@ -102,8 +102,8 @@ def _spec(env: str) -> EnvSpec:
     try:
         return gymnasium.spec(env)
     except (gymnasium.error.Error, ImportError) as error:
-        close = difflib.get_close_matches(env, gymnasium.registry, 1, 0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = difflib.get_close_matches(env, gymnasium.registry, 3, 0.5)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"unknown environment {env!r}: {_told(error)}{hint}") from None
 
 

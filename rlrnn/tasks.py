@@ -263,15 +263,16 @@ class Tasks:
         batch = self.batches[pick("batches")]
         low, high = self.budget
         budget = float(np.exp(rng.uniform(np.log(low), np.log(high))))
+        # Long enough that no run reads much of it twice
         if kind == "text":
-            data = DataConfig(
-                batch=batch, half=1, size=300_000, skip=int(rng.integers(2_000_000))
-            )
+            size = max(300_000, int(budget))
+            skip = int(rng.integers(2_000_000))
+            data = DataConfig(batch=batch, half=1, size=size, skip=skip)
         else:
             data = DataConfig(
                 kind,
                 batch=batch,
-                size=150_000,
+                size=max(150_000, int(budget)),
                 symbols=int(rng.integers(6, 25)),
                 # longer strings are not learned in such budgets
                 memory=int(2 ** rng.uniform(1, 3.3 if kind == "copy" else 4.5)),

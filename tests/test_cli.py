@@ -158,7 +158,8 @@ Refused = Callable[..., str]
         ("--resume=nope", "nope is not a run: expected a folder with config.yaml"),
         ("--resume=nope --envs=3", "but --envs=3 was given; leave it out"),
         ("--env=CartPol-v1", "unknown environment 'CartPol-v1': "),
-        ("--env=rlrnn/CartPoleHiddenVelocty-v0", "did you mean rlrnn/CartPoleHiddenVelocity-v0?"),  # noqa: E501
+        ("--env=rlrnn/CartPoleHiddenVelocty-v0", "did you mean rlrnn/CartPoleHiddenVelocity-v0 or "),  # noqa: E501
+        ("--env=rlrnn/TMaze-v0", "did you mean rlrnn/TMazeHard-v0 or rlrnn/TMazeEasy-v0"),
         ("--env=nowhere:Foo-v0", "unknown environment 'nowhere:Foo-v0'"),
         ("--run.folder=/dev/null/x", "could not write /dev/null/x: not a directory"),
     ],
