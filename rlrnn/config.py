@@ -81,6 +81,7 @@ class AgentConfig:
         ent_coef: weight of the entropy bonus.
         vf_coef: weight of the value loss.
         max_grad_norm: above which gradients are scaled down.
+        target_kl: an update ends when the policy has moved by more; null, never.
         reward_scale: what the agent's rewards are multiplied by; returns are reported
             without it.
         normalize: observations and rewards, by what has been seen so far.
@@ -107,6 +108,7 @@ class AgentConfig:
     ent_coef: float = 0.0
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
+    target_kl: float | None = None
     reward_scale: float = 1.0
     normalize: bool = False
     use_sde: bool = False
@@ -132,6 +134,11 @@ class AgentConfig:
                 raise ValueError(
                     f"agent.{name} is {getattr(self, name)}, expected a number above 0"
                 )
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise ValueError(
+                f"agent.target_kl is {self.target_kl}, expected a number above 0, or "
+                "null for none"
+            )
         for name in ("ent_coef", "vf_coef"):
             at_least(f"agent.{name}", getattr(self, name), 0)
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 import yaml
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -182,12 +184,19 @@ def rate_schedule(rate: float, config: AgentConfig) -> float | LinearSchedule:
     return LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate
 
 
+def policy_for(space: spaces.Space[Any]) -> str:
+    """The policy that reads such observations."""
+    if isinstance(space, spaces.Dict):
+        return "MultiInputLstmPolicy"
+    return "CnnLstmPolicy" if is_image_space(space) else "MlpLstmPolicy"
+
+
 def make_agent(
     config: AgentConfig, env: VecEnv, seed: int, device: str, **kwargs: Any
 ) -> RecurrentPPO:
     """The agent that a config describes; `kwargs` go to its policy."""
     return RecurrentPPO(
-        "MlpLstmPolicy",
+        policy_for(env.observation_space),
         env,
         learning_rate=rate_schedule(config.learning_rate, config),
         n_steps=config.n_steps,
@@ -199,6 +208,7 @@ def make_agent(
         ent_coef=config.ent_coef,
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm,
+        target_kl=config.target_kl,
         reward_scale=config.reward_scale,
         norm_reward=config.normalize,
         use_sde=config.use_sde,

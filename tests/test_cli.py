@@ -159,7 +159,7 @@ Refused = Callable[..., str]
         ("--resume=nope --envs=3", "but --envs=3 was given; leave it out"),
         ("--env=CartPol-v1", "unknown environment 'CartPol-v1': "),
         ("--env=rlrnn/CartPoleHiddenVelocty-v0", "did you mean rlrnn/CartPoleHiddenVelocity-v0 or "),  # noqa: E501
-        ("--env=rlrnn/TMaze-v0", "did you mean rlrnn/TMazeHard-v0 or rlrnn/TMazeEasy-v0"),
+        ("--env=rlrnn/TMaze-v0", "did you mean rlrnn/TMazeHard-v0 or rlrnn/TMaze"),
         ("--env=nowhere:Foo-v0", "unknown environment 'nowhere:Foo-v0'"),
         ("--run.folder=/dev/null/x", "could not write /dev/null/x: not a directory"),
     ],

@@ -37,7 +37,10 @@ from rlrnn.agents.observations import on_each
 from rlrnn.agents.policies import CnnLstmPolicy, MultiInputLstmPolicy
 from rlrnn.agents.rollout import minibatches
 from rlrnn.agents.vector import TensorVecEnv
+from rlrnn.config import AgentConfig, RunConfig, TrainConfig
+from rlrnn.flows import train
 from rlrnn.recurrent import Recurrent
+from rlrnn.running import policy_for
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,), np.float32)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -910,3 +913,31 @@ def test_defaults_of_the_policies() -> None:
     assert extractors["image"] is NatureCNN
     assert extractors["dict"] is CombinedExtractor
     assert extractors["flat image"] is FlattenExtractor
+
+
+@pytest.mark.parametrize("space", [LAST, PARTS], ids=["image", "dict"])
+def test_the_flow_takes_the_policy_that_reads_them(
+    space: spaces.Space[Any], tmp_path: Path
+) -> None:
+    def make(**kwargs: Any) -> gymnasium.Env[Any, Any]:
+        return Show(space, **kwargs)
+
+    gymnasium.register("Shown-v0", make)
+    try:
+        agent_config = AgentConfig(hidden_size=8, n_steps=8, batch_size=8, n_epochs=1)
+        run = RunConfig(str(tmp_path / "run"), "disabled")
+        summary = train(
+            TrainConfig("Shown-v0", 2, steps=16, agent=agent_config, run=run),
+            progress=False,
+        )
+        names = {spaces.Dict: MultiInputLstmPolicy, spaces.Box: CnnLstmPolicy}
+        path = Path(summary["folder"], "agent.zip")
+        assert type(RecurrentPPO.load(path).policy) is names[type(space)]
+    finally:
+        del gymnasium.registry["Shown-v0"]
+
+
+def test_configs_choose_the_policy_by_the_observations() -> None:
+    for kind, (name, space, _) in KINDS.items():
+        if kind != "flat image":  # there the caller chose otherwise
+            assert policy_for(space) == name
