@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -24,7 +24,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlrnn  # noqa: F401  (registers the environments)
 import rlrnn.envs.tensor as tensor_tasks
@@ -40,6 +39,7 @@ from rlrnn.agents.distributions import (
 from rlrnn.agents.rollout import Rollout, minibatches, segment_length
 from rlrnn.agents.vector import TensorSource, TensorVecEnv
 from rlrnn.checkpoint import CheckpointError
+from shared import Inspect, Syncs
 
 ROOT = Path(__file__).parents[1]
 CARTPOLE = "rlrnn/CartPoleHiddenVelocity-v0"
@@ -400,20 +400,6 @@ def test_minibatches_cover_every_step_once(batch_size: int) -> None:
     assert all(size == sizes[0] for size in sizes[:-1])
 
 
-class Inspect(BaseCallback):
-    """Calls `look(model)` after each rollout, before the update."""
-
-    def __init__(self, look: Callable[[RecurrentPPO], None]) -> None:
-        super().__init__()
-        self.look = look
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self.look(cast(RecurrentPPO, self.model))
-
-
 def ratio_error(model: RecurrentPPO) -> float:
     """How far the first epoch's ratios, and values, are from those that were played."""
     policy = model.policy
@@ -666,30 +652,6 @@ def test_a_numpy_vector_environment_is_an_error() -> None:
 
 
 # --- no waiting for the device --------------------------------------------------------
-
-
-class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that would make an accelerator wait."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        masked = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for i in arg
-        )
-        if name in self.NAMES or masked:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 def test_collection_and_update_look_at_the_device_once_each(

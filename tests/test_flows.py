@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
 from rlrnn.running import Stopped
 from rlrnn.tasks import DataConfig, Tasks
-from rlrnn.tracking import NotARunError, Run, RunExistsError, read_metrics
+from rlrnn.tracking import NotARunError, RunExistsError, read_metrics
+from shared import Cut, at_row, cut, timeless
 
 AGENT = AgentConfig(
     hidden_size=8, net_arch=[8], n_steps=32, batch_size=64, n_epochs=2, gamma=0.9
@@ -145,35 +146,6 @@ def finished(
 
 
 KINDS = ["train", "tune", "prior", "learned"]
-
-
-class Cut(Exception):
-    """The power went."""
-
-
-@contextmanager
-def at_row(number: int, do: Callable[[], object]) -> Iterator[None]:
-    """Inside, `do` happens when the row with this number has been logged."""
-    log, count = Run.log, 0
-
-    def counting(run: Run, row: Any) -> None:
-        nonlocal count
-        log(run, row)
-        count += 1
-        if count == number:
-            do()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "log", counting)
-        yield
-
-
-def cut() -> None:
-    raise Cut
-
-
-def timeless(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: repr(row[key]) for key in row if not key.startswith("time/")}
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The flow tune: its ways to learn, what it tracks, and what it says of itself."""
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from rlrnn.flows import run_task, tune
 from rlrnn.population import Population
 from rlrnn.running import Stopped
 from rlrnn.tasks import Tasks
-from rlrnn.tracking import Run, read_metrics
+from rlrnn.tracking import read_metrics
+from shared import Cut, at_row, cut, timeless
 
 # 3 generations of 4 members, or 3 rollouts of 6 decisions in 4 environments
 TUNE = TuneConfig(
@@ -77,31 +77,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, play(folder)
 
 
-@contextmanager
-def at_row(number: int, do: Callable[[], object]) -> Iterator[None]:
-    """Inside, `do` happens when the row with this number has been logged."""
-    log, count = Run.log, 0
-
-    def counting(run: Run, row: Any) -> None:
-        nonlocal count
-        log(run, row)
-        count += 1
-        if count == number:
-            do()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "log", counting)
-        yield
-
-
-def cut() -> None:
-    raise InterruptedError
-
-
-def timeless(row: dict[str, Any]) -> dict[str, str]:
-    return {key: repr(row[key]) for key in row if not key.startswith("time/")}
-
-
 def assert_same_run(a: Path, b: Path) -> None:
     rows, others = read_metrics(a), read_metrics(b)
     assert list(map(timeless, rows)) == list(map(timeless, others))
@@ -134,7 +109,7 @@ def test_evolution_interrupted_and_resumed_is_the_same_run(
     whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """After the third row: two updates, and a validation."""
-    with at_row(3, cut), pytest.raises(InterruptedError):
+    with at_row(3, cut), pytest.raises(Cut):
         play(tmp_path / "run")
     play(tmp_path / "run", resume=tmp_path / "run")
     assert_same_run(tmp_path / "run", whole[0])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -41,6 +41,7 @@ from rlrnn.config import AgentConfig, RunConfig, TrainConfig
 from rlrnn.flows import train
 from rlrnn.recurrent import Recurrent
 from rlrnn.running import policy_for
+from shared import Inspect
 
 VECTOR = spaces.Box(-2.0, 2.0, (3,), np.float32)
 IMAGE = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -181,20 +182,6 @@ def agent(
 
 def weights(model: RecurrentPPO) -> Tensor:
     return nn.utils.parameters_to_vector(model.policy.parameters()).detach()
-
-
-class Inspect(BaseCallback):
-    """Calls `look(model)` after each rollout, before the update."""
-
-    def __init__(self, look: Callable[[RecurrentPPO], None]) -> None:
-        super().__init__()
-        self.look = look
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self.look(cast(RecurrentPPO, self.model))
 
 
 # --- state-dependent exploration ------------------------------------------------------

@@ -1,7 +1,6 @@
 """POPGym's cart-poles and pendulums: POPGym is the oracle."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -28,6 +27,7 @@ from rlrnn.envs.pendulum import (
     PositionOnlyPendulum,
 )
 from rlrnn.envs.tensor import TensorVectorEnv, normal
+from shared import Policy, first_returns
 
 LEVELS = ["Easy", "Medium", "Hard"]
 TASKS = [
@@ -38,7 +38,6 @@ TASKS = [
     NoisyPositionOnlyPendulum,
 ]
 POLES = TASKS[:3]
-Policy = Callable[[Tensor], Tensor]
 NOTHING = torch.zeros(0)
 
 
@@ -58,21 +57,6 @@ def table(task: type, level: str) -> dict[str, float]:
         key.strip(): float(value)
         for key, value in zip(rows[0][1:], row[1:], strict=True)
     }
-
-
-def first_returns(env: Any, policy: Policy) -> Tensor:
-    """The return of the first episode of each copy."""
-    obs, _ = env.reset(seed=0)
-    alive = torch.ones(env.num_envs, dtype=torch.bool)
-    returns = torch.zeros(env.num_envs)
-    for _ in range(env.max_episode_steps):
-        obs, rewards, terminated, truncated, _ = env.step(policy(obs))
-        returns += rewards * alive
-        alive &= ~(terminated | truncated)
-        if not alive.any():
-            break
-    assert not alive.any()
-    return returns
 
 
 def at_random(env: Any, seed: int = 0) -> Policy:

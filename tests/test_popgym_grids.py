@@ -31,10 +31,10 @@ from rlrnn.envs.labyrinth import (
     hunt_and_kill,
 )
 from rlrnn.envs.tensor import TensorVectorEnv
+from shared import Policy, first_returns
 
 LEVELS = ["Easy", "Medium", "Hard"]
 TASKS = ["Battleship", "Minesweeper", "LabyrinthEscape", "LabyrinthExplore"]
-Policy = Callable[[Tensor], Tensor]
 
 
 def oracle_of(name: str) -> Any:
@@ -73,21 +73,6 @@ def table(task: type, level: str) -> dict[str, float]:
         except ValueError:  # 5 × 5
             continue
     return numbers
-
-
-def first_returns(env: Any, policy: Policy) -> Tensor:
-    """The return of the first episode of each copy."""
-    obs, _ = env.reset(seed=0)
-    alive = torch.ones(env.num_envs, dtype=torch.bool)
-    returns = torch.zeros(env.num_envs)
-    for _ in range(env.max_episode_steps):
-        obs, rewards, terminated, truncated, _ = env.step(policy(obs))
-        returns += rewards * alive
-        alive &= ~(terminated | truncated)
-        if not alive.any():
-            break
-    assert not alive.any()
-    return returns
 
 
 def at_random(env: Any, seed: int = 0) -> Policy:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlrnn import checkpoint
 from rlrnn.control import Knobs, Signals, Steered, prior
@@ -28,6 +27,7 @@ from rlrnn.rangetest import RANGE_SHARE, suggest_lambda
 from rlrnn.recurrent import Cell, Recurrent
 from rlrnn.tasks import DataConfig, Kind, Task, build_trainer
 from rlrnn.training import Trainer, _Seen
+from shared import Syncs
 
 OPTIMIZERS: list[Optimizer] = ["sgd", "momentum", "adam", "adamw"]
 BATCH, SYMBOLS, LENGTH = 3, 4, 16  # of copy's sequences: 4 + 7 + 1 + 4
@@ -753,37 +753,13 @@ assert torch.equal(run(), first)
 # --- the device is read once per interval -------------------------------------------
 
 
-class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that would make an accelerator wait."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        masked = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8)
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for i in arg
-        )
-        if name in self.NAMES or masked:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 METHODS = ["item", "cpu", "tolist", "numpy", "nonzero"]
 METHODS += ["__bool__", "__float__", "__int__", "__index__", "__array__"]
 
 
 def reads_of(t: Trainer, k: Knobs, patch: pytest.MonkeyPatch) -> list[str]:
     """What one step asks of the device."""
-    reads = Reads()
+    reads = Syncs()
     with patch.context() as inner, reads:
         inner.setattr(t, "fast", None, raising=False)  # which is a CPU's
         for name in METHODS:
