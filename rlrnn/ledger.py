@@ -21,6 +21,7 @@ from rlrnn.rangetest import suggest_lambda
 
 Select = Literal["last", "valid"]
 Frozen = Literal["none", "encoder", "core"]
+Precision = Literal["float32", "bfloat16"]
 
 FORWARD_COST = 1 / 3  # of a token that is also trained on
 WINDOWS = 4  # the fewest in a decision interval
@@ -62,6 +63,9 @@ class TrainingConfig:
         layer_decay: the rate of a layer is this times that of the one above it (the
             same).
         patience: decisions without a lower validation loss after which training ends.
+        precision: of the products in training, float32 or bfloat16 (meant for GPUs; on
+            a CPU float32 is the faster one). Weights, state and loss stay float32, and
+            so do probes and metrics.
     """
 
     budget: float = 1_000_000.0
@@ -83,9 +87,11 @@ class TrainingConfig:
     layer_decay: float = 1.0
     select: Select = "last"
     patience: int | None = None
+    precision: Precision = "float32"
 
     def __post_init__(self) -> None:
         one_of("optimizer", self.optimizer, Optimizer)
+        one_of("precision", self.precision, Precision)
         one_of("select", self.select, Select)
         one_of("frozen", self.frozen, Frozen)
         if not self.budget >= 1:

@@ -112,6 +112,8 @@ class Recurrent(nn.Module):
             # for an export: operations that ONNX has
             one = starts is not None or x.shape[0] == 1
             return self.reference(x, state, starts) if one else self._unbroken(x, state)
+        if torch.is_autocast_enabled(x.device.type):
+            return self._in_half(x, state, starts)
         if self.parallel:
             return self._result(self._scanned(x, state, starts))
         if compiles(x):
@@ -196,7 +198,7 @@ class Recurrent(nn.Module):
                     z, candidate = _mingru_gates(gates[t])
                     h = (1 - z) * h + z * candidate
                 else:
-                    h = torch.tanh(gates[t] + F.linear(h, w_h, b_h))
+                    h = torch.tanh(gates[t] + F.linear(h, w_h, b_h)).to(state.dtype)
                 hs.append(h)
             x = torch.stack(hs)
             hidden.append(x)
@@ -212,13 +214,30 @@ class Recurrent(nn.Module):
         y, h = self.stack(x, state)
         return y, h
 
+    def _in_half(
+        self, x: Tensor, state: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` under `torch.autocast`: products in half precision, the state and
+        what is handed on in the weights' own. Torch's kernels would round the state at
+        each step, and with it what is to be remembered."""
+        if self.parallel:
+            y, after = self._result(self._scanned(x, state, starts))
+        elif fuses(x.to(state.dtype)):  # products in its own precision
+            with torch.autocast(x.device.type, enabled=False):
+                layers = _fused([self], [x.to(state.dtype)], [state], starts)
+            y, after = layers[-1].y[0], _after(layers)[0]
+        else:
+            y, after = self.reference(x, state, starts)
+        return y.to(state.dtype), after.to(state.dtype)
+
     def _scanned(
         self, x: Tensor, state: Tensor, starts: Tensor | None
     ) -> list[Float[Tensor, "T B H"]]:
         """The rows of the state of a minGRU after each step."""
         outputs = []
         for layer in range(self.layers):
-            z, candidate = _mingru_gates(F.linear(x, *self.weights(layer)))
+            gates = F.linear(x, *self.weights(layer)).to(state.dtype)
+            z, candidate = _mingru_gates(gates)
             keep = 1 - z
             if starts is not None:
                 keep = keep.masked_fill(starts.unsqueeze(-1), 0.0)

@@ -100,6 +100,8 @@ class Trainer(Ledger):
         others = config.ar, config.tar, config.unfreeze, config.decay_probe
         if self.source.whole or any(others) or config.accumulate > 1:
             return None
+        if config.precision != "float32":
+            return None
         if config.layer_decay != 1 or not Fast.suits(
             self.model, objective, config.optimizer
         ):
@@ -242,7 +244,7 @@ class Trainer(Ledger):
         for cut in cuts:
             self.generator.set_state(masks)  # a window's pieces have one dropout mask
             starts = None if chunk.starts is None else chunk.starts[begin:cut]
-            y, out, state = self.model.read(chunk.x[begin:cut], state.detach(), starts)
+            y, out, state = self._read(chunk.x[begin:cut], state.detach(), starts)
             parts.append(out)
             if self.config.ar or self.config.tar:
                 share = (cut - begin) / len(chunk.x)
@@ -255,6 +257,15 @@ class Trainer(Ledger):
         if not self.source.whole:
             self.hidden = state.detach()
         return loss.detach()
+
+    def _read(
+        self, x: Tensor, state: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`model.read` in the precision of the training; outputs in the weights'."""
+        half = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            y, out, state = self.model.read(x, state, starts)
+        return y, out.to(state.dtype), state
 
     def _loss(self, out: Tensor, chunk: Chunk) -> Tensor:
         total = self.problem.objective.total(out, chunk.y, chunk.mask)
@@ -273,10 +284,10 @@ class Trainer(Ledger):
         if chunk.starts is not None:
             halves = chunk.starts[:half], chunk.starts[half:]
         masks = self.generator.get_state()
-        y_1, first, middle = self.model.read(chunk.x[:half], carried, halves[0])
+        y_1, first, middle = self._read(chunk.x[:half], carried, halves[0])
         middle.retain_grad()
         self.generator.set_state(masks)  # the same ones for the second half
-        y_2, second, state = self.model.read(chunk.x[half:], middle, halves[1])
+        y_2, second, state = self._read(chunk.x[half:], middle, halves[1])
         decay = self._decay(second, chunk, carried, middle)
         loss = self._loss(torch.cat((first, second)), chunk)
         penalty = loss.new_zeros(())

@@ -1,5 +1,6 @@
 """The recurrent core: resets, equality with torch, and the reference path."""
 
+import copy
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -371,3 +372,42 @@ def test_what_weight_drop_refuses() -> None:
     with pytest.raises(AssertionError, match="set `generator`"):
         core = _core("lstm", 1, 0.5)
         core(_normal(T, B, D), _state(core))
+
+
+@_cases(CELLS)
+def test_half_precision_is_near(core: Recurrent) -> None:
+    single = copy.deepcopy(core).float()
+    x, state = _normal(T, B, D).float(), _state(core).float()
+    found = []
+    for starts in (None, _starts()):
+        for half in (False, True):
+            single.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                y, after = single(x, state, starts)
+            assert y.dtype == after.dtype == torch.float32
+            (y.square().sum() + after.sum()).backward()
+            grads = [
+                p.grad.flatten() for p in single.parameters() if p.grad is not None
+            ]
+            found.append((y.detach(), after.detach(), torch.cat(grads)))
+        exact, rounded = found[-2:]
+        for a, b in zip(exact, rounded, strict=True):
+            far = (a - b).norm() / a.norm()
+            assert 0 < far < 0.02  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("steps", [1, 50])
+def test_half_precision_does_not_round_the_state(cell: Cell, steps: int) -> None:
+    """Gates that keep everything: what is remembered stays as it was, to its last
+    bits, of which bfloat16 has few."""
+    core = Recurrent(D, H, 1, cell)
+    with torch.no_grad():
+        for w in core.weights(0):
+            w.zero_()
+        core.weights(0)[2][:H] = -40.0  # lstm: nothing new
+        core.weights(0)[2][H : 2 * H] = 40.0  # keep
+    state = torch.full((core.rows, B, H), 1 / 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, after = core(torch.zeros(steps, B, D), state)
+    torch.testing.assert_close(after[-1], state[-1], rtol=1e-6, atol=0)

@@ -914,9 +914,29 @@ def test_the_prior_learns() -> None:
     assert signals.probe_loss[0] < 0.9 * first
 
 
+def test_half_precision_learns_the_same() -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        t = trainer(budget=40_000.0, precision=precision)
+        assert (t.fast is None) == (precision == "bfloat16")
+        signals = t.start()
+        first = signals.probe_loss[0]
+        while not t.done:
+            signals = t.step(knobs(1e-2))
+        assert t.hidden.dtype == weights(t).dtype == torch.float32
+        losses.append(signals.probe_loss[0])
+    assert losses[0] < 0.9 * first
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
+        (
+            {"precision": "float16"},
+            "precision is 'float16', expected one of float32, bfloat16",
+        ),
         ({"optimizer": "lion"}, "optimizer is 'lion'"),
         ({"budget": 0.0}, "budget is 0.0"),
         ({"budget": math.nan}, "budget is nan"),
