@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass, replace
@@ -372,7 +373,8 @@ def _predict(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "input",
         metavar="INPUT",
-        help="a prompt; for other data a file, a folder or a glob, as in training",
+        help="a prompt; for other data a file, a folder or a glob, as in training, or "
+        "a manifest",
     )
     parser.add_argument(
         "--output",
@@ -470,6 +472,22 @@ def _demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """In one line, without a place in the source, what is told to users."""
+    if issubclass(category, UserWarning):
+        return f"rlrnn: {' '.join(str(message).split())}\n"
+    return _FORMAT(message, category, filename, lineno, line)
+
+
+_FORMAT = warnings.formatwarning
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -481,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlrnn {__version__}")
         return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.formatwarning = _warning
     command, rest = given[0], given[1:]
     try:
         if command in FLOWS:
@@ -504,6 +523,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RLRNN_TRACEBACK"):
             raise
         print(f"rlrnn: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # of a file or a full disk; a broken pipe has no name
+        if os.environ.get("RLRNN_TRACEBACK") or not error.filename:
+            raise
+        print(f"rlrnn: {error.strerror}: {error.filename}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\nrlrnn: {str(stop) or 'stopped'}", file=sys.stderr)

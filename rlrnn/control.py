@@ -230,7 +230,7 @@ class Codec:
             log_grad,
             2 * signals.clip_fraction - 1,
             2 * signals.grad_cosine,
-            (np.log(signals.update_ratio) + 4) / 2,
+            (np.log(np.maximum(signals.update_ratio, 1e-30)) + 4) / 2,  # or no update
             np.log(base_lambda(signals) / default_lambda(rate_power(signals))),
             state["log_lambda"],
             state["log2_k"] - math.log2(self.truncation),

@@ -20,9 +20,12 @@ def smape(true: Values, forecast: Values) -> float:
 
 def mase(true: Values, forecast: Values, past: Values, season: int = 1) -> float:
     """The mean absolute error over that of the seasonal naive forecast in the past
-    (Hyndman & Koehler 2006). NaN for a past without change or shorter than a season."""
+    (Hyndman & Koehler 2006). NaN for a past that is shorter than a season, or repeats
+    its season exactly."""
     scale = _mean(np.abs(past[season:] - past[:-season])) if len(past) > season else 0.0
-    return _mean(np.abs(true - forecast)) / scale if scale > 0 else np.nan
+    # what equal numbers differ by may be a rounding error
+    exact = not scale > 1e-9 * _mean(np.abs(past))
+    return np.nan if exact else _mean(np.abs(true - forecast)) / scale
 
 
 def _mean(values: Values) -> float:

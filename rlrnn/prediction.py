@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlrnn import plots, seeding
 from rlrnn.data.chunks import Batches
+from rlrnn.data.files import read_bytes
 from rlrnn.data.forecasts import forecast
 from rlrnn.data.labelled import (
     LabelledOptions,
@@ -285,9 +286,12 @@ def predict(
             f"--score is for texts and music, but {run} has learned {kind}"
         )
     if kind == "text":
+        level = finished.format["level"]
         if score:
-            return score_text(finished, read_text(given), given)
-        return {"text": given + continue_text(finished, given, **sampling)}
+            return score_text(finished, _scored(given, level), given)
+        more = continue_text(finished, given, **sampling)
+        apart = level == "words" and not (given[-1:].isspace() or more[:1] == "\n")
+        return {"text": given + " " * apart + more}
     if kind == "music":
         if not score:
             path = Path(output or folder / "continued.json")
@@ -309,11 +313,19 @@ def predict(
         found = encode_speech(given, finished.format)
         frame = label(finished, [name for name, _ in found], [x for _, x in found])
     else:
+        kind = finished.config["data"]["kind"]
         raise ValueError(
             f"{run} has learned {kind}, of which nothing new can be predicted; "
             "expected a run on text, series, speech, labelled sequences or music"
         )
     return {"sequences": len(frame), **_table(frame, output, folder)}
+
+
+def _scored(path: str, level: str) -> str:
+    """A file's text; for a model of bytes that of any file."""
+    if level == "bytes":
+        return read_bytes(path).decode("utf-8", "surrogateescape")
+    return read_text(path)
 
 
 def _table(
@@ -322,6 +334,6 @@ def _table(
     path = Path(output or folder / "predictions.csv")
     try:
         frame.to_csv(path, index=False)
-    except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}") from None
+    except OSError as error:  # pandas' own have no strerror
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
     return {"first": str(frame.iloc[0, 1]), "file": str(path)}

@@ -1,10 +1,12 @@
 """The command line: what it takes, what it says, and what it leaves alone."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
 from pathlib import Path
@@ -182,7 +184,7 @@ def test_train_refuses(refused: Refused, arguments: str, said: str) -> None:
         ("--data.path=folder", "no .txt files in the folder folder"),
         ("--data.path=empty.txt", "empty.txt is empty, expected UTF-8 text"),
         ("--data.path=binary.txt", "binary.txt is binary (a zero byte at offset 1)"),
-        ("--data.path=latin.txt", "latin.txt is not UTF-8 (byte 0xe9 at offset 3)"),
+        ("--data.path=latin.txt", "latin.txt is not UTF-8 (line 1: byte 0xe9 at off"),
         ("--data.path=short.txt", "short.txt (training part) has 2 characters, expect"),
         ("--lr=0", "lr is 0.0, expected above 0 and at most 10"),
         ("--truncation=0", "truncation is 0, expected 1 to 1024"),
@@ -554,6 +556,24 @@ def test_folders_without_a_name_do_not_collide(tiny: dict[str, str]) -> None:
         assert main(["fit", "--config=fit.yaml", OFF]) == 0
     first, second = sorted(Path("runs").iterdir())
     assert first != second and first.name.startswith("fit-2")
+
+
+def test_warnings_are_one_line_without_a_place_in_the_source() -> None:
+    main(["predict", "nowhere", "x"])
+    said = warnings.formatwarning("two\nlines", UserWarning, "here.py", 3)
+    assert said == "rlrnn: two lines\n"
+    said = warnings.formatwarning("old", DeprecationWarning, "here.py", 3)
+    assert said == "here.py:3: DeprecationWarning: old\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "a.onnx")
+
+    monkeypatch.setattr("rlrnn.export.export_run", full)
+    assert "No space left on device: a.onnx" in refused("export", "run")
 
 
 def test_module_as_a_command() -> None:

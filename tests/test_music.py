@@ -154,6 +154,8 @@ def test_transposing_moves_each_note_or_gives_nothing() -> None:
         ("a.json", b"[[[60], [200]]]", "train piece 0, frame 1: 200 is no key"),
         ("a.json", b'[[["C"], [60]]]', "train piece 0, frame 0: 'C' is no key"),
         ("a.json", b"[[[60], [61]], [[60]]]", "piece 1 has 1 frames"),
+        ("a.json", b"[[[60], [61]], 7]", "train piece 1 is 7, expected a list"),
+        ("a.json", b'{"train": 7}', "train is 7, expected a list of pieces"),
         ("a.npz", b"PK nonsense", "is no .npz file"),
         ("a.mat", b"nonsense" * 40, "is no .mat file"),
         ("a.mid", b"MThd", "ends in .mid, expected json, mat or npz"),

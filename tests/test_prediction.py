@@ -20,7 +20,7 @@ from rlrnn.data.labelled import (
     read_labelled,
 )
 from rlrnn.data.music import KEYS, Roll, encode_music, write_music
-from rlrnn.finished import Finished
+from rlrnn.finished import Finished, load_model
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes, Labels
 from rlrnn.prediction import (
@@ -113,6 +113,46 @@ def test_the_score_of_a_text_is_its_mean_cross_entropy(text_model: Finished) -> 
     figures = score_text(text_model, text, "a.txt")
     assert figures["nats"] == pytest.approx(nats, rel=1e-5)
     assert figures["bits"] == pytest.approx(nats / np.log(2), rel=1e-5)
+
+
+def run_of(folder: Path, kind: str, **format: Any) -> Path:
+    """A run folder with a fresh model of a text."""
+    count = 256 if kind == "bytes" else len(format["vocabulary"])
+    model = SequenceModel(Symbols(count), count, ModelConfig(hidden_size=8))
+    inputs = {"type": "Symbols", "count": count}
+    tree = {
+        "model": dict(model.state_dict()),
+        "inputs": inputs,
+        "objective": {"type": "Classes", "count": count, "names": ()},
+        "format": {"kind": "text", "level": kind, **format},
+        "config": {"model": asdict(model.config), "data": {"kind": "text"}},
+    }
+    checkpoint.save(folder / "model.zip", tree, {"kind": "model"})
+    return folder
+
+
+def test_words_stand_apart_from_the_prompt(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "words", vocabulary=["<unk>", "<eol>", "one", "two"])
+    known = {"", "one", "two"}
+    for prompt in ("one two", "one two ", "one two\n"):
+        text = predict(run, prompt, length=9)["text"]
+        assert text.startswith(prompt)
+        assert {word for line in text.split("\n") for word in line.split(" ")} <= known
+
+
+def test_bytes_of_any_file_are_scored(tmp_path: Path) -> None:
+    run = run_of(tmp_path, "bytes")
+    path = tmp_path / "some.bin"
+    raw = np.random.default_rng(0).integers(0, 256, 500).astype(np.uint8).tobytes()
+    path.write_bytes(raw)
+    figures = predict(run, str(path), score=True)
+    assert figures["symbols"] == 500
+    model = load_model(run).model
+    x = torch.tensor(list(raw))
+    with torch.no_grad():
+        out, _ = model(x[:-1, None], model.initial_state(1))
+    expected = float(F.cross_entropy(out[:, 0], x[1:]))
+    assert figures["nats"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

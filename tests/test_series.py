@@ -429,6 +429,8 @@ def test_measures_by_hand() -> None:
     # seasonal differences at m = 2: 1 and 3
     assert forecast_metrics.mase(true, guess, past, 2) == pytest.approx(3 / 2)
     assert np.isnan(forecast_metrics.mase(true, guess, np.ones(5), 1))
+    wave = np.sin(np.arange(99) * 2 * np.pi / 24)  # repeats, but for the last bits
+    assert np.isnan(forecast_metrics.mase(true, guess, wave, 24))
     missing = np.array([10.0, np.nan])
     assert forecast_metrics.smape(missing, guess) == pytest.approx(200 * 2 / 22)
     assert forecast_metrics.seasonal_naive(past, 3, 2).tolist() == [2, 8, 2]
@@ -576,6 +578,8 @@ def test_future_covariates_are_needed(tmp_path: Path) -> None:
     frame.loc[frame.groupby("unique_id").tail(4).index, "y"] = np.nan
     frame.to_csv(path, index=False)
     result = forecast(model, problem.format, path)
+    with pytest.raises(ValueError, match="levels has 1.5, expected numbers between"):
+        forecast(model, problem.format, path, [0.5, 1.5])
     assert result.values.shape == (3, 4, 1)
     assert str(result.times[1][0].date()) == "2021-05-26"
 
@@ -631,6 +635,36 @@ def test_what_cannot_be_read(tmp_path: Path, edit: dict, message: str) -> None: 
     with pytest.raises(DataError, match=message) as error:
         problem_of(path, replace(SMALL, **edit.get("options", {})))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"date,v0\n", "has no rows"),
+        (b"date,v0\n2020-01-01,1\n2020-01-02,caf\xe9\n", r"\(line 3: byte 0xe9 at"),
+        (b"date,v0,caf\xe9\n2020-01-01,1,2\n", r"\(line 1: byte 0xe9 at offset 11"),
+        (b"date,v0\n2020-01-01,1\n2020-01-02,2,3\n", "in line 3"),
+    ],
+)
+def test_a_file_that_is_no_table(tmp_path: Path, raw: bytes, message: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=message) as error:
+        read_series(path, Schema())
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_series_without_values(tmp_path: Path) -> None:
+    path = long_table(tmp_path / "l.csv")
+    options = replace(LONG, future=[], categories=["region"])
+    problem = problem_of(path, options)
+    frame = pd.read_csv(path)
+    frame.loc[frame["unique_id"] == "b", "y"] = np.nan
+    frame.to_csv(path, index=False)
+    with pytest.raises(DataError, match="the series b has no values in y"):
+        problem_of(path, options)
+    with pytest.raises(DataError, match="the series b has 0 values, expected at least"):
+        forecast(model_of(problem), problem.format, path)
 
 
 def test_parquet_equals_csv(tmp_path: Path) -> None:

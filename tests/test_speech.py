@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import tarfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,16 +78,17 @@ def test_wav_and_flac_say_the_same() -> None:
 def test_channels_are_averaged_and_rates_converted_and_that_is_said_once() -> None:
     reader = Reader(RATE)
     both = np.stack((tone(440), np.zeros_like(tone(440))), 1)
-    np.testing.assert_allclose(reader("x", wav(both)), tone(440) / 2, atol=1e-4)
-    for rate in (11025, 44100):
-        wave = reader("x", wav(tone(440, rate=rate), rate))
+    np.testing.assert_allclose(reader("a", wav(both)), tone(440) / 2, atol=1e-4)
+    for name, rate in (("b", 11025), ("c", 44100)):
+        wave = reader(name, wav(tone(440, rate=rate), rate))
         inside = slice(100, -100)  # ends ring
         np.testing.assert_allclose(wave[inside], tone(440)[inside], atol=0.01)
     with pytest.warns(UserWarning) as told:
         reader.tell()
     assert [str(t.message) for t in told] == [
-        "1 of 3 recordings have several channels, which are averaged",
-        "2 of 3 recordings have another rate, and are resampled to 8000 Hz",
+        "1 of 3 recordings have several channels, which are averaged; the first is a",
+        "2 of 3 recordings have another rate, and are resampled to 8000 Hz; the first "
+        "is b",
     ]
 
 
@@ -124,7 +126,7 @@ def test_what_is_no_whole_recording_is_one_line(raw: bytes, says: str) -> None:
 def test_a_truncated_flac_is_refused() -> None:
     rng = np.random.default_rng(0)
     raw = wav(rng.uniform(-0.5, 0.5, 20_000).astype(np.float32), format="FLAC")
-    with pytest.raises(DataError, match="^x is "):
+    with pytest.raises(DataError, match="^x is truncated or damaged: "):
         Reader(RATE)("x", raw[: len(raw) // 2])
 
 
@@ -401,6 +403,42 @@ def test_characters_and_words_are_units_of_a_text(tmp_path: Path) -> None:
         (first, *_) = read_recordings(str(manifest), options)
         numbers = encode_text(first, problem.format).tolist()
         assert decode_text(numbers, problem.format) == "one two"
+
+
+def test_a_prediction_reads_a_manifest(tmp_path: Path) -> None:
+    place = folder(tmp_path / "a")
+    options = SpeechOptions(pattern=NAMED.pattern, rate=RATE)
+    problem = speech_problem(Paths(str(place)), SPLIT, 4, 0, options)
+    expected = encode_speech(str(place), problem.format)
+    manifest = tmp_path / "all.csv"
+    rows = "\n".join(name for name, _ in expected)  # nobody needs a label here
+    manifest.write_text(f"path\n{rows.replace(str(tmp_path) + '/', '')}\n", "utf-8")
+    found = encode_speech(str(manifest), problem.format)
+    assert [Path(a) for a, _ in found] == [Path(a) for a, _ in expected]
+    for (_, a), (_, b) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(("text", "frames"), [("ab", 2), ("aab", 4)])
+def test_texts_that_have_no_alignment_are_told(
+    tmp_path: Path, text: str, frames: int
+) -> None:
+    """A frame for each label, and a blank between two that are the same."""
+    rows = ""
+    for number in range(20):
+        # frames of 25 ms each 10 ms
+        wave = tone(440, (25 + 10 * (frames - 1)) / 1000 + 1e-4)
+        (tmp_path / f"{number}.wav").write_bytes(wav(wave))
+        rows += f"{number}.wav,{text}\n"
+    manifest = tmp_path / "all.csv"
+    options = SpeechOptions("transcription", rate=RATE)
+    manifest.write_text(f"path,text\n{rows}", "utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        speech_problem(Paths(str(manifest)), SPLIT, 2, 0, options)
+    manifest.write_text(f"path,text\n{rows.replace(text, text + 'c')}", "utf-8")
+    with pytest.warns(UserWarning, match="^1. of 1. training recordings have fewer"):
+        speech_problem(Paths(str(manifest)), SPLIT, 2, 0, options)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rlrnn.data import symbols, text, vocabulary
 from rlrnn.data.chunks import next_symbol_streams, training_part
-from rlrnn.data.files import DataError, find
+from rlrnn.data.files import DataError, find, read_utf8
 from rlrnn.data.symbols import NextSymbols, Part
 from rlrnn.data.text import (
     Text,
@@ -231,7 +231,13 @@ def test_bits_per_character_are_the_loss_over_characters(
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
     assert problem.judge is not None
-    found = problem.judge(model, "valid")["bits_per_character"]
+    figures = problem.judge(model, "valid")
+    found = figures["bits_per_character"]
+    # of the words that have no number of their own, nobody says the letters
+    assert ("unknown" in figures) == (level == "words")
+    if level == "words":
+        unknown = (symbols_of(problem.valid) == 0).mean()
+        assert 0 < figures["unknown"] == pytest.approx(float(unknown), abs=0.01)
     # the same chance for all symbols, and a text that is about as dense everywhere
     dense = len(symbols_of(problem.train)) / (0.95 * 0.9 * len(whole))
     expected = np.log2(problem.inputs.count) * dense
@@ -422,9 +428,11 @@ def test_the_folder_of_data_sets_is_an_environment_variable(
         (b"", "is empty"),
         (b"\xef\xbb\xbf", "is empty"),
         (b"abc\0def", "binary (a zero byte at offset 3)"),
-        (b"caf\xe9 au lait", "not UTF-8 (byte 0xe9 at offset 3)"),
-        (b"\xef\xbb\xbfcaf\xe9 au lait", "not UTF-8 (byte 0xe9 at offset 6)"),
-        (b"cut \xe2\x82", "not UTF-8 (byte 0xe2 at offset 4)"),
+        (b"caf\xe9 au lait", "not UTF-8 (line 1: byte 0xe9 at offset 3)"),
+        (b"\xef\xbb\xbfcaf\xe9 au lait", "(line 1: byte 0xe9 at offset 6)"),
+        (b"cut \xe2\x82", "not UTF-8 (line 1: byte 0xe2 at offset 4)"),
+        (b"a\n\nb\xe9\n", "not UTF-8 (line 3: byte 0xe9 at offset 4)"),
+        (b"a\nb\n\xe2\x82", "not UTF-8 (line 3: byte 0xe2 at offset 4)"),
     ],
 )
 @pytest.mark.parametrize("block", [1, 2, 4, 1 << 20])
@@ -434,7 +442,8 @@ def test_a_file_that_is_no_text_is_one_line(
     monkeypatch.setattr(text, "BLOCK", block)
     path = tmp_path / "some.txt"
     path.write_bytes(raw)
-    for read in (read_text, lambda path: open_text(str(path))):
+    whole = (read_utf8,) if "UTF-8" in says else ()  # of tables
+    for read in (read_text, lambda path: open_text(str(path)), *whole):
         with pytest.raises(DataError) as caught:
             read(path)
         assert says in str(caught.value) and str(path) in str(caught.value)

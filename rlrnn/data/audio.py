@@ -9,7 +9,7 @@ import tarfile
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -55,8 +55,8 @@ class Reader:
 
     rate: int
     read: int = 0
-    mixed: int = 0
-    resampled: int = 0
+    mixed: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
 
     def __call__(self, name: str, raw: bytes) -> Wave:
         """The samples [N] of a recording, channels averaged, at this rate. Raises
@@ -64,11 +64,17 @@ class Reader:
         soundfile = _soundfile()
         _check_whole(name, raw)
         try:
-            with soundfile.SoundFile(io.BytesIO(raw)) as file:
+            file = soundfile.SoundFile(io.BytesIO(raw))
+        except soundfile.LibsndfileError as error:
+            raise DataError(f"{name} is no audio file: {error.error_string}") from None
+        try:
+            with file:
                 frames, rate = file.frames, file.samplerate
                 wave = file.read(dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
-            raise DataError(f"{name} is no audio file: {error.error_string}") from None
+            raise DataError(
+                f"{name} is truncated or damaged: {error.error_string}"
+            ) from None
         if len(wave) < frames:
             raise DataError(f"{name} is truncated: {len(wave)} samples of {frames}")
         if not len(wave):
@@ -76,21 +82,24 @@ class Reader:
         if not np.isfinite(wave).all():
             raise DataError(f"{name} has samples that are not finite")
         self.read += 1
-        self.mixed += wave.shape[1] > 1
-        self.resampled += rate != self.rate
+        if wave.shape[1] > 1:
+            self.mixed.append(name)
+        if rate != self.rate:
+            self.resampled.append(name)
         return resample(wave.mean(1), rate, self.rate)
 
     def tell(self) -> None:
         if self.mixed:
             warnings.warn(
-                f"{self.mixed} of {self.read} recordings have several channels, which "
-                "are averaged",
+                f"{len(self.mixed)} of {self.read} recordings have several channels, "
+                f"which are averaged; the first is {self.mixed[0]}",
                 stacklevel=2,
             )
         if self.resampled:
             warnings.warn(
-                f"{self.resampled} of {self.read} recordings have another rate, and "
-                f"are resampled to {self.rate} Hz",
+                f"{len(self.resampled)} of {self.read} recordings have another rate, "
+                f"and are resampled to {self.rate} Hz; the first is "
+                f"{self.resampled[0]}",
                 stacklevel=2,
             )
 

@@ -75,6 +75,25 @@ def read_bytes(path: str | Path) -> bytes:
     return b"".join(read_blocks(path))
 
 
+def read_utf8(path: str | Path) -> str:
+    """A file's text, without a byte order mark. Raises DataError, with the line."""
+    raw = read_bytes(path)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Not of `raw`: what a decoder is at begins after the byte order mark
+        at = error.start + len(raw) - len(error.object)
+        raise not_utf8(path, raw.count(b"\n", 0, at) + 1, raw[at], at) from None
+
+
+def not_utf8(path: str | Path, line: int, byte: int, offset: int) -> DataError:
+    """What is said of a file with this byte."""
+    return DataError(
+        f"{path} is not UTF-8 (line {line}: byte 0x{byte:02x} at offset {offset}); "
+        f"convert it, for example with `iconv -f latin1 -t utf-8 {Path(path).name}`"
+    )
+
+
 def read_blocks(path: str | Path, size: int = 1 << 20) -> Iterator[bytes]:
     """`read_bytes`, `size` bytes at a time."""
     path = expand(path)

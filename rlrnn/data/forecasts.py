@@ -215,7 +215,7 @@ def forecast(
     ready, ends = [], []
     for one in series:
         there = np.flatnonzero(~np.isnan(one.targets).all(axis=1))
-        end = int(there[-1]) + 1
+        end = int(there[-1]) + 1 if len(there) else 0
         if end < lookback:
             raise DataError(
                 f"{path}: the series {one.name} has {end} values, expected at least "
@@ -236,6 +236,9 @@ def forecast(
     objective = Numbers(
         horizon * panel.values.shape[1], format["loss"], tuple(format["quantiles"])
     )
+    for level in levels:
+        if not 0 < level < 1:
+            raise ValueError(f"levels has {level:g}, expected numbers between 0 and 1")
     levels = list(levels) or (format["quantiles"] if objective.parameters > 1 else [])
     offset, scale = scalers_of(series, format)
     points, quantiles = predicted(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from rlrnn import seeding
 from rlrnn.checks import at_least, one_of
 from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
-from rlrnn.data.files import DataError, Paths, find, read_bytes
+from rlrnn.data.files import DataError, Paths, find, read_utf8
 from rlrnn.evaluation import tally
 from rlrnn.objectives import Classes, Numbers
 
@@ -83,7 +83,7 @@ def read_labelled(
     """
     found: list[Labelled] = []
     for file in find(path, (".ts", ".csv")):
-        text = _text(file)
+        text = read_utf8(file)
         if file.name.removesuffix(".gz").endswith(".ts"):
             found += _read_ts(text, file, labels)
         elif options.id is not None:
@@ -100,15 +100,6 @@ def read_labelled(
                 f"{channels} as in {found[0].where}"
             )
     return found
-
-
-def _text(file: Path) -> str:
-    raw = read_bytes(file)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"{file} at byte {error.start}"
-        raise DataError(f"{where} is no UTF-8 text; convert the file") from None
 
 
 def _numbers(words: Sequence[str], where: str) -> list[float]:

@@ -87,6 +87,9 @@ def _from_json(file: Path) -> dict[str, list[Roll]]:
         tree = {"train": tree}
     if not isinstance(tree, dict) or not set(tree) <= set(PARTS):
         raise DataError(f"{file} has no parts, expected {', '.join(PARTS)}")
+    for name, pieces in tree.items():
+        if not isinstance(pieces, list):
+            raise DataError(f"{file}: {name} is {pieces!r}, expected a list of pieces")
     return {
         name: [
             _roll(piece, f"{file}: {name} piece {number}")
@@ -98,6 +101,8 @@ def _from_json(file: Path) -> dict[str, list[Roll]]:
 
 def _roll(piece: Any, where: str) -> Roll:
     """A roll from its frames, lists of MIDI numbers."""
+    if not isinstance(piece, list):
+        raise DataError(f"{where} is {piece!r}, expected a list of frames")
     roll = np.zeros((len(piece), KEYS), np.float32)
     for t, frame in enumerate(piece):
         for note in frame if isinstance(frame, list) else [frame]:
@@ -220,8 +225,11 @@ def music_problem(
 
 
 def encode_music(path: str | Path) -> list[Roll]:
-    """The pieces of a file, as the model's inputs."""
-    return sum(read_music(path).values(), [])
+    """The pieces of a file, as the model's inputs. Raises DataError for none."""
+    rolls: list[Roll] = sum(read_music(path).values(), [])
+    if not rolls:
+        raise DataError(f"{path} has no pieces")
+    return rolls
 
 
 def decode_frame(out: NDArray[Any]) -> list[int]:

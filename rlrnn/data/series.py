@@ -265,6 +265,11 @@ def _read_parts(
         ends = [[*end, end[-1]] for end in ends]
     least = options.lookback + options.horizon
     for one in series:
+        if np.isnan(one.targets).all():
+            raise DataError(
+                f"{paths.train}: the series {one.name} has no values in "
+                f"{', '.join(schema.targets)}; leave it out"
+            )
         if len(one) < least:
             raise DataError(
                 f"{paths.train}: the series {one.name} has {len(one)} values, expected "

@@ -8,6 +8,7 @@ import csv
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import PurePath
@@ -30,7 +31,7 @@ from rlrnn.data.audio import (
 )
 from rlrnn.data.augment import Augmented, Changes
 from rlrnn.data.chunks import PROBE_BATCH, Batches, Features, Problem
-from rlrnn.data.files import DataError, Paths, expand, read_bytes
+from rlrnn.data.files import DataError, Paths, expand, read_bytes, read_utf8
 from rlrnn.evaluation import evaluating, outputs
 from rlrnn.objectives import Classes, Ctc, edit_distance
 
@@ -189,11 +190,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _manifest(path: str) -> Iterator[tuple[str, bytes, dict[str, str]]]:
     """The rows of a CSV file; their paths are relative to it."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text (byte {error.start})") from None
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(read_utf8(path)))
     names = list(reader.fieldnames or [])
     if "path" not in names:
         raise DataError(f"{path} has no column path, only {', '.join(names)}")
@@ -260,6 +257,8 @@ def speech_problem(
         "scale": np.where(scale > 1e-3, scale, 1).astype(np.float32),
     }
     ctc = options.task == "transcription"
+    if ctc:
+        _tell_short(heard, features["train"], tokens)
 
     def source(name: str) -> Batches | Augmented:
         xs = [(x - format["mean"]) / format["scale"] for x in features[name]]
@@ -288,6 +287,27 @@ def speech_problem(
         judge=_judge(sources, format) if ctc else None,
         **sources,
     )
+
+
+def _tell_short(
+    recordings: list[Recording],
+    features: list[NDArray[np.float32]],
+    tokens: list[list[str]],
+) -> None:
+    """Warns of recordings that have no alignment: CTC needs a frame for each label, and
+    a blank between two that are the same."""
+    short = [
+        recording.name
+        for recording, x, string in zip(recordings, features, tokens, strict=False)
+        if len(x) < len(string) + sum(map(str.__eq__, string, string[1:]))
+    ]
+    if short:
+        warnings.warn(
+            f"{len(short)} of {len(recordings)} training recordings have fewer frames "
+            f"than their text needs, and teach nothing; the first is {short[0]}; lower "
+            "data.speech.hop",
+            stacklevel=2,
+        )
 
 
 def _parts(
@@ -409,11 +429,16 @@ def encode_speech(
     path: str, format: dict[str, Any], device: torch.device | None = None
 ) -> list[tuple[str, NDArray[np.float32]]]:
     """The name and the model's inputs [T, D] of each recording of a file, a folder, a
-    glob or an archive."""
+    glob, an archive or a manifest."""
     options = SpeechOptions(**format["options"])
     reader = Reader(options.rate)
+    given = (
+        ((name, raw) for name, raw, _ in _manifest(path))
+        if str(path).endswith(".csv")
+        else recordings(path)
+    )
     found = []
-    for name, raw in recordings(path):
+    for name, raw in given:
         x = _features(reader(name, raw), options, device)
         found.append((name, (x - format["mean"]) / format["scale"]))
     reader.tell()

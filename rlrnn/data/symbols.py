@@ -156,7 +156,11 @@ def on_disk(
             _store(folder, texts, level, limit)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "no room is left" if full else f"cannot write ({error.strerror})"
+            reason = (
+                "no room is left"
+                if full
+                else f"nothing can be written ({error.strerror})"
+            )
             raise DataError(
                 f"{texts[0].name} is kept as a file of symbols in {root}, where "
                 f"{reason}; make room there, or set XDG_CACHE_HOME to another folder"

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from rlrnn.data.files import DataError, find, read_bytes
+from rlrnn.data.files import DataError, find, read_bytes, read_utf8
 
 Form = Literal["wide", "long", "rows"]
 Gaps = Literal["error", "fill"]
@@ -143,15 +143,15 @@ def _read(path: Path) -> pd.DataFrame:
             f"{path}: Parquet needs pyarrow; pip install 'rlrnn[parquet]'"
         ) from None
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 (offset {error.start}); convert it"
-        ) from None
+        read_utf8(path)  # says in which line; pandas counts from somewhere else
+        raise DataError(f"{path} is not UTF-8 ({error.reason})") from None
     except (ValueError, OSError) as error:  # pandas' and pyarrow's are of these
         told = " ".join(str(error).split())
         raise DataError(f"{path} is no table that can be read: {told}") from None
-    frame = frame.loc[: frame.notna().any(axis=1)[::-1].idxmax()]  # blank lines at end
-    if not len(frame):
-        raise DataError(f"{path} has no rows")
+    filled = np.flatnonzero(frame.notna().any(axis=1))
+    if not len(filled):
+        raise DataError(f"{path} has no rows, expected some after the header")
+    frame = frame[: filled[-1] + 1]  # blank lines at end
     frame.columns = pd.Index([str(name).strip() for name in frame.columns])
     return frame
 

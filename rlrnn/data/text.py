@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rlrnn.checks import at_least, one_of
 from rlrnn.data import vocabulary
 from rlrnn.data.chunks import PROBE_STREAMS, Problem, Symbols
-from rlrnn.data.files import DataError, find, read_blocks
+from rlrnn.data.files import DataError, find, not_utf8, read_blocks
 from rlrnn.data.symbols import NextSymbols, in_memory, on_disk
 from rlrnn.data.vocabulary import Level
 from rlrnn.evaluation import mean_loss
@@ -153,7 +153,7 @@ def _digest(files: list[Path]) -> str:
 def _decoded(path: Path, encoding: str) -> Iterator[str]:
     """One file's text in blocks."""
     decoder = codecs.getincrementaldecoder(encoding)()
-    end = 0  # of what has been read, in bytes
+    end, lines = 0, 1  # of what has been read, in bytes, and what it ends in
     for raw in read_blocks(path, BLOCK):
         if encoding != "latin-1" and b"\0" in raw:
             raise DataError(
@@ -161,24 +161,24 @@ def _decoded(path: Path, encoding: str) -> Iterator[str]:
                 "expected UTF-8 text"
             )
         end += len(raw)
-        yield _checked(decoder, raw, path, end)
-    _checked(decoder, b"", path, end)
+        yield _checked(decoder, raw, path, end, lines)
+        lines += raw.count(b"\n")
+    _checked(decoder, b"", path, end, lines)
 
 
 def _checked(
-    decoder: codecs.IncrementalDecoder, raw: bytes, path: Path, end: int
+    decoder: codecs.IncrementalDecoder, raw: bytes, path: Path, end: int, line: int
 ) -> str:
-    """The text of `raw`, which ends at the offset `end` of its file."""
+    """The text of `raw`, which begins in this line and ends at the offset `end` of its
+    file."""
     try:
         return decoder.decode(raw, final=not raw)
     except UnicodeDecodeError as error:
         # its object begins with what the block before could not decode, and ends here
-        where = end - len(error.object) + error.start
-        raise DataError(
-            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset "
-            f"{where}); convert it, for example with `iconv -f latin1 -t utf-8 "
-            f"{path.name}`"
-        ) from None
+        at = error.start
+        line += error.object.count(b"\n", 0, at)
+        where = end - len(error.object) + at
+        raise not_utf8(path, line, error.object[at], where) from None
 
 
 @lru_cache(maxsize=2)
@@ -268,7 +268,10 @@ def text_problem(
         nats = float(mean_loss(model, objective, source, source.length))
         text, part = {"valid": (parts[1], valid), "test": (parts[2], test)}[split]
         each = len(part.symbols) / len(text)  # symbols of a character
-        return {"bits_per_character": nats / math.log(2) * each}
+        figures = {"bits_per_character": nats / math.log(2) * each}
+        if options.level == "words":  # nobody has spelt these
+            figures["unknown"] = float((part.symbols == 0).double().mean())
+        return figures
 
     return Problem(
         inputs=Symbols(known.count),
