@@ -270,7 +270,7 @@ class Odd(gymnasium.Env[Any, Any]):
             "tuple": spaces.Tuple((plain, two)),
         }
         self.action_space = odd.get(which, plain)
-        self.observation_space = odd["dict"] if which == "observation" else two
+        self.observation_space = odd["tuple"] if which == "observation" else two
 
     def reset(self, **kwargs: Any) -> Any:
         return self.observation_space.sample(), {}
