@@ -341,6 +341,8 @@ def _command(config: TuneConfig) -> str:
     for name in config_names():
         if "tasks" in yaml.safe_load(config_path(name).read_text("utf-8")):
             shipped = load_config("tune", name)
-            if dataclasses.replace(config, run=shipped.run) == shipped:
-                return f"rlrnn tune --config {name}"
+            own = {"run": shipped.run, "init_from": None}
+            if dataclasses.replace(config, **own) == shipped:
+                begun = " --init_from FILE" if config.init_from else ""
+                return f"rlrnn tune --config {name}{begun}"
     return "rlrnn tune --config RUN/config.yaml"

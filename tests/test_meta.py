@@ -15,12 +15,14 @@ from rlrnn import checkpoint
 from rlrnn.agents.controller import controller_card, load_controller
 from rlrnn.card import card_text
 from rlrnn.checkpoint import Checkpoints
+from rlrnn.cli import load_config
 from rlrnn.comparison import Played, falls_below, gain
 from rlrnn.comparison import play as compared
 from rlrnn.config import AgentConfig, EvolutionConfig, RunConfig, TuneConfig
 from rlrnn.control import prior
 from rlrnn.data.synthetic import markov_problem
 from rlrnn.flows import run_task, tune
+from rlrnn.meta import _command
 from rlrnn.population import Population
 from rlrnn.running import Stopped
 from rlrnn.tasks import Tasks
@@ -229,6 +231,14 @@ def test_the_card_says_what_the_file_says(whole: tuple[Path, dict[str, Any]]) ->
     assert f"12; the best policy on validation tasks was that after {best} |" in text
     share = f"{100 * summary['eval_loss_below_prior']:.1f} %"
     assert f"| markov-gru-adam | 2 | {share} | too few tasks |" in text
+
+
+def test_the_command_is_the_shortest_that_makes_it_again() -> None:
+    named: TuneConfig = load_config("tune", "controller_long")
+    assert _command(named) == "rlrnn tune --config controller_long"
+    begun = replace(named, init_from="x.zip", run=RunConfig("elsewhere"))
+    assert _command(begun) == "rlrnn tune --config controller_long --init_from FILE"
+    assert _command(replace(named, seed=9)) == "rlrnn tune --config RUN/config.yaml"
 
 
 def test_the_card_names_where_it_is_worse() -> None:

@@ -501,7 +501,7 @@ def test_the_shipped_controller_says_how_it_was_made() -> None:
     assert SHIPPED.stat().st_size <= 1_000_000
     card = controller_card(SHIPPED)
     assert card["command"].startswith("rlrnn tune --config controller")
-    assert card["seed"] == 0 and card["time/hours"] > 0
+    assert isinstance(card["seed"], int) and card["time/hours"] > 0
     assert load_controller().codec.ablation == "none"
     head = load_policy(SHIPPED).action_net.weight
     assert float(head.detach().abs().max()) > 0.01  # it was zero before training
