@@ -176,9 +176,10 @@ def plot(normalised: dict[str, dict[str, float]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     ids = list(reversed(normalised))
+    cells = [cell for cell in CELLS if any(cell in normalised[id] for id in ids)]
     figure = Figure(figsize=(8, 1.2 + 0.3 * len(ids)), layout="constrained")
     axis = figure.subplots()
-    for i, cell in enumerate(CELLS):
+    for i, cell in enumerate(cells):
         rows = [
             (k, normalised[id][cell])
             for k, id in enumerate(ids)
@@ -186,7 +187,13 @@ def plot(normalised: dict[str, dict[str, float]], path: Path) -> None:
         ]
         if rows:
             y, x = zip(*rows, strict=True)
-            axis.plot(x, np.array(y) + 0.15 * (2 - i), "o", ms=4, label=cell)
+            axis.plot(
+                x,
+                np.array(y) + 0.15 * ((len(cells) - 1) / 2 - i),
+                "o",
+                ms=4,
+                label=cell,
+            )
     axis.set_yticks(range(len(ids)), [short(id) for id in ids], fontsize=7)
     axis.axvline(0, color="grey", lw=0.5)
     axis.axvline(1, color="grey", lw=0.5)
