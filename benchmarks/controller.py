@@ -11,6 +11,8 @@ size, cell, optimiser or budget; but the shipped controller has met copying, wit
 shorter memories (docs/controller.md). All arms of a cell and seed begin with the same
 weights and read the data in the same order.
 
+`plain loop` is the shipped controller beside a loop of plain torch
+(`rlrnn.agents.LearnedController`), which shows it the training loss and no probe;
 `default` is lr 1e-3, K = 32, constant; `oracle` the settings with the lowest probe loss
 of a grid of 182, found under another seed, and run under each seed; `tuned cosine` and
 `tuned adaptive` the best rate and K of its cosines. `asha N` costs N budgets, `pbt` as
@@ -32,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 
 from rlrnn import seeding
+from rlrnn.agents import LearnedController
 from rlrnn.baselines import (
     Adaptive,
     Constant,
@@ -68,6 +71,7 @@ from rlrnn.statistics import (
 )
 from rlrnn.tasks import DataConfig, Task, build_problem, build_trainer
 
+LOOP = "plain loop"
 Array = NDArray[np.float64]
 Record = dict[str, Any]
 SELECTION_SEED = 1_000_000  # the grid's, which no arm is scored under
@@ -146,6 +150,7 @@ class Protocol:
             "grid",
             "oracle",
             *self.learned,
+            LOOP,
             *FREE,
             *TUNED,
             *self.searches,
@@ -224,6 +229,31 @@ def steered(entries: Sequence[tuple[Task, Controller]]) -> list[Record]:
     return records
 
 
+def looped(task: Task) -> Record:
+    """A run in a loop of one's own, as docs/controller.md has it."""
+    trainer = build_trainer(task)
+    model, objective, source = trainer.model, trainer.problem.objective, trainer.source
+    optimizer, weights = trainer.optimizer, list(trainer.model.parameters())
+    controller = LearnedController.shipped(optimizer, task.training.budget)
+    knobs, t = controller.knobs, 0
+    state = model.initial_state(source.batch)
+    while not controller.done:
+        chunk = source.window(t, knobs.truncation)
+        t += knobs.truncation
+        out, state = model(chunk.x, state.detach(), chunk.starts)
+        loss = objective.total(out, chunk.y, chunk.mask) / chunk.scale
+        if chunk.due:
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(weights, task.training.clip)
+            optimizer.step()
+        told = loss / (chunk.due or 1.0)
+        knobs = controller.step(told, knobs.truncation * source.batch)
+        if knobs.restored:
+            state = model.initial_state(source.batch)
+    return {"valid_loss": held_out(trainer), "cost": 1.0}
+
+
 def searched(found: Found, runs: bool = False) -> Record:
     record = {
         "valid_loss": found.best.valid_loss,
@@ -247,7 +277,7 @@ def gridded(task: Task, every: int) -> Record:
 def entry(
     protocol: Protocol, arm: str, task: Task, selected: Record
 ) -> tuple[Task, Controller] | None:
-    """The run of an arm that is one run; `selected`: what the grid found."""
+    """The run of an arm that is one of a trainer; `selected`: what the grid found."""
     if arm == "default":
         return task, Constant()
     if arm == "oracle":
@@ -262,7 +292,9 @@ def entry(
 
 
 def search(protocol: Protocol, arm: str, task: Task) -> Record:
-    """An arm that is a search."""
+    """An arm that is a search, or a loop of its own."""
+    if arm == LOOP:
+        return looped(task)
     rng = np.random.default_rng(seeding.derive(task.seed, "search", arm))
     if arm == "grid":
         return gridded(task, protocol.every)
