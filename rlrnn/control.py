@@ -178,7 +178,8 @@ class Codec:
         lr     = lambda * K^p,  p = 1/2 for Adam, 1 for SGD
 
     With the exponent p a move of K leaves the noise of the updates as it was. Where a
-    window is whole sequences, K_prior cuts none, and the rate has nothing to do with K.
+    window is whole sequences, shorter K are no more updates: none is cut, and the rate
+    has nothing to do with K.
 
     Under an `ablation` features are zero, and moves no-op, that are not the player's.
     """
@@ -269,16 +270,13 @@ class Codec:
     ) -> tuple[Knobs, State]:
         """The knobs that `actions` [n, 2] stand for, and the state after them."""
         low, high = TRUNCATION_BOUNDS
-        actions = self._allowed(actions)
+        actions = self._allowed(actions, signals)
         log_lambda = state["log_lambda"] + np.log(LR_FACTORS[actions[:, 0]])
         log2_k = state["log2_k"] + np.log2(TRUNCATION_FACTORS[actions[:, 1]])
         log2_k = log2_k.clip(math.log2(low), math.log2(high))
-        k = np.minimum(2**log2_k, np.maximum(signals.truncation_max, low))
-        # Whole sequences: at the prior's K none is cut, and updates are as many at any
-        # K, so that the rate stays as it is.
-        uncut = signals.truncation_max * 2.0 ** (log2_k - math.log2(self.truncation))
-        cut = np.where(signals.whole > 0, uncut.clip(low, high), k)
-        k = np.where(signals.whole > 0, self.truncation, k)
+        longest = np.maximum(signals.truncation_max, low)
+        k = np.where(signals.whole > 0, self.truncation, np.minimum(2**log2_k, longest))
+        cut = np.where(signals.whole > 0, longest, k)
         power = rate_power(signals)
         base = base_lambda(signals) if self.range_test else default_lambda(power)
         peak = base * np.exp(log_lambda) * k**power
@@ -301,12 +299,14 @@ class Codec:
             return np.ones_like(progress)
         return warmup_cosine(progress, self.warmup)
 
-    def _allowed(self, actions: NDArray[np.int64]) -> NDArray[np.int64]:
-        taken = {"rate_only": 1, "truncation_only": 0}.get(self.ablation)
-        if taken is None:
-            return actions
+    def _allowed(
+        self, actions: NDArray[np.int64], signals: Signals
+    ) -> NDArray[np.int64]:
         allowed = actions.copy()
-        allowed[:, taken] = NO_OP[taken]
+        allowed[signals.whole > 0, 1] = NO_OP[1]
+        taken = {"rate_only": 1, "truncation_only": 0}.get(self.ablation)
+        if taken is not None:
+            allowed[:, taken] = NO_OP[taken]
         return allowed
 
 

@@ -16,7 +16,13 @@ from rlrnn.data.music import MusicOptions, music_problem
 from rlrnn.data.pixels import PixelsOptions, pixels_problem
 from rlrnn.data.series import SeriesOptions, series_problem
 from rlrnn.data.speech import SpeechOptions, speech_problem
-from rlrnn.data.synthetic import adding_problem, copy_problem, markov_problem
+from rlrnn.data.synthetic import (
+    adding_problem,
+    chords_problem,
+    copy_problem,
+    markov_problem,
+    waves_problem,
+)
 from rlrnn.data.text import (
     Text,
     TextOptions,
@@ -41,6 +47,8 @@ Kind = Literal[
     "music",
     "pixels",
     "markov",
+    "chords",
+    "waves",
     "copy",
     "adding",
 ]
@@ -52,7 +60,8 @@ class DataConfig:
 
     Args:
         kind: text, series (forecasts), speech, labelled (sequences, each with a class
-            or a number), music, pixels (images), or synthetic: markov, copy, adding.
+            or a number), music, pixels (images), or synthetic: markov, chords, waves,
+            copy, adding.
         path: a file, a folder or a glob (`$RLRNN_DATA/...` is under that folder);
             without one, the text is the sources of the standard library.
         valid: the validation part, if it is not cut from path.
@@ -66,8 +75,9 @@ class DataConfig:
         skip: characters of a text to leave out before.
         series: what is forecast from what, in files of time series.
         half: of the standard library's modules, 0 or 1 (meta-training reads 1).
-        symbols: of the synthetic kinds.
-        memory: how many steps back a synthetic sequence reaches; of adding, its steps.
+        symbols: of the synthetic kinds; of waves, the values of a step.
+        memory: how many steps back a synthetic sequence reaches; of adding and waves,
+            its steps.
         string: symbols that copy has to recall.
         labelled: how files of labelled sequences are read.
         speech: how recordings are read.
@@ -161,6 +171,12 @@ def build_problem(task: Task, device: torch.device | None = None) -> Problem:
         case "markov":
             rng = np.random.default_rng(data_seed)
             return markov_problem(rng, size, batch, data.symbols, data.memory)
+        case "chords":
+            rng = np.random.default_rng(data_seed)
+            return chords_problem(rng, size, batch, data.symbols, data.memory)
+        case "waves":
+            rng = np.random.default_rng(data_seed)
+            return waves_problem(rng, size, batch, data.symbols, data.memory)
         case "copy":
             rng = np.random.default_rng(data_seed)
             string = data.symbols, data.memory, data.string
@@ -269,10 +285,12 @@ class Tasks:
             skip = int(rng.integers(2_000_000))
             data = DataConfig(batch=batch, half=1, size=size, skip=skip)
         else:
+            # what is forecast, or played, is mostly little, and read several times
+            passes = 4 if kind in ("chords", "waves") else 1
             data = DataConfig(
                 kind,
                 batch=batch,
-                size=max(150_000, int(budget)),
+                size=max(150_000 // passes, int(budget) // passes),
                 symbols=int(rng.integers(6, 25)),
                 # longer strings are not learned in such budgets
                 memory=int(2 ** rng.uniform(1, 3.3 if kind == "copy" else 4.5)),

@@ -38,6 +38,7 @@ from rlrnn.control import (
     visible,
     warmup_cosine,
 )
+from rlrnn.population import joined
 
 Rows = list[Signals]
 MEASURED = ["train_loss", "loss_noise", "probe_loss", "grad_norm", "clip_fraction"]
@@ -354,18 +355,21 @@ def test_moves_of_the_truncation_keep_lambda(adaptive: float, power: float) -> N
 
 
 @pytest.mark.parametrize("adaptive", [0.0, 1.0])
-def test_moves_of_the_truncation_leave_the_rate_of_whole_sequences(
-    adaptive: float,
-) -> None:
-    """None is cut until a controller moves; updates are as many at any K."""
+def test_whole_sequences_are_never_cut(adaptive: float) -> None:
+    """Shorter K would be no more updates, and moves of K are none of the rate."""
     told = signals(adaptive=adaptive, range_lr=1e-4, whole=1.0, truncation_max=64.0)
     stream = signals(adaptive=adaptive, range_lr=1e-4, truncation_max=64.0)
     state = Codec().init(1)
     usual, _ = act(NO_OP, stream, state)
-    for move, expected in ((1, 64), (0, 32), (0, 16), (2, 32), (2, 64), (2, 128)):
+    for move in (1, 0, 0, 2, 2, 2):
         knobs, state = act((3, move), told, state)
-        assert knobs.truncation == expected
+        assert knobs.truncation == 64
         assert knobs.lr == pytest.approx(usual.lr)
+        assert state["previous"][0, 1] == 0
+    # a stream next to it has its own
+    both = joined([told, stream])
+    knobs, _ = Codec().act(np.array([[3, 0], [3, 0]]), both, Codec().init(2))
+    assert knobs.truncation.tolist() == [64, 8]
 
 
 def test_the_truncation_stays_inside_what_there_is_room_for() -> None:

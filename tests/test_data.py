@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from rlrnn.checks import one_of
 from rlrnn.data.chunks import (
@@ -18,7 +19,14 @@ from rlrnn.data.chunks import (
     split_symbols,
     training_part,
 )
-from rlrnn.data.synthetic import adding_problem, copy_problem, markov_problem
+from rlrnn.data.synthetic import (
+    KEYS,
+    adding_problem,
+    chords_problem,
+    copy_problem,
+    markov_problem,
+    waves_problem,
+)
 from rlrnn.models import ModelConfig
 from rlrnn.objectives import Classes, Numbers
 from rlrnn.recurrent import Cell, Recurrent
@@ -247,6 +255,53 @@ def test_markov_copies_one_symbol_in_four_through_its_permutation() -> None:
     share = (told.mean() - chance.mean()) / (1 - chance.mean())
     assert share == pytest.approx(0.25, abs=0.015)
     assert (np.abs(chain.sum(1) - 1) < 1e-9).all()
+
+
+def test_chords_are_the_chain_of_markov_with_wrong_keys() -> None:
+    symbols, memory, batch = 8, 10, 4
+    problem = chords_problem(np.random.default_rng(1), 40_000, batch, symbols, memory)
+    for part in (problem.train, problem.probe, problem.valid, problem.test):
+        assert isinstance(part, Streams) and part.mask is None
+        assert part.x.shape == (part.length, part.batch, KEYS)
+        assert torch.equal(part.x[1:], part.y[:-1])
+        assert set(part.x.unique().tolist()) == {0.0, 1.0}
+    frames = problem.train.window(0, problem.train.length).x.flatten(0, 1)
+    assert frames.sum(1).mean() == pytest.approx(4 * 0.95 + (KEYS - 4) * 0.005, 0.02)
+    # chords are sets of keys that sound together: as many as there are symbols
+    most = [tuple(row) for row in frames.int().tolist() if sum(row) == 4]
+    counts = sorted((most.count(chord) for chord in set(most)), reverse=True)
+    assert counts[symbols - 1] > 3 * counts[symbols]
+
+
+def test_waves_can_be_told_from_what_came_before_and_not_by_chance() -> None:
+    width, memory, batch = 6, 5, 4
+    problem = waves_problem(np.random.default_rng(0), 40_000, batch, width, memory)
+    assert problem.inputs == Features(width)
+    assert problem.objective == Numbers(width, "mae")
+    for part in (problem.train, problem.probe, problem.valid, problem.test):
+        assert isinstance(part, Streams) and part.mask is not None
+        assert part.length % memory == 0
+        count = part.length // memory
+
+        def cut(x: Tensor, count: int = count) -> Tensor:
+            return x.view(count, memory, *x.shape[1:])
+
+        due, starts = cut(part.mask), cut(part.starts)
+        assert due[:, -1].all() and not due[:, :-1].any()
+        assert starts[:, 0].all() and not starts[:, 1:].any()
+        assert not part.x[memory - 1 :: memory, :, -1].any()  # the value subtracted
+    part = problem.train
+    assert isinstance(part, Streams)
+    x = (
+        part.x.view(-1, memory, batch, width)
+        .transpose(1, 2)
+        .reshape(-1, memory * width)
+    )
+    y = part.y[memory - 1 :: memory].flatten(0, 1)
+    half = len(x) // 2
+    fit = torch.linalg.lstsq(x[:half, :-1].double(), y[:half].double()).solution
+    error = (x[half:, :-1].double() @ fit - y[half:]).abs().mean()
+    assert error < 0.85 * y[half:].abs().mean()
 
 
 def test_copy_asks_for_its_word_after_the_cue_and_nowhere_else() -> None:

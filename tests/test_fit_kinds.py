@@ -108,6 +108,8 @@ def synthetic(kind: Kind) -> Callable[[Path], DataConfig]:
 DATA: dict[str, Callable[[Path], DataConfig]] = {
     "text": text,
     "markov": synthetic("markov"),
+    "chords": synthetic("chords"),
+    "waves": synthetic("waves"),
     "copy": synthetic("copy"),
     "adding": synthetic("adding"),
     "series": series,

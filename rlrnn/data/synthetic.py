@@ -4,6 +4,7 @@ from bisect import bisect
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rlrnn import seeding
 from rlrnn.data.chunks import (
@@ -14,8 +15,9 @@ from rlrnn.data.chunks import (
     Streams,
     Symbols,
     split_symbols,
+    training_part,
 )
-from rlrnn.objectives import Classes, Numbers
+from rlrnn.objectives import Classes, Labels, Numbers
 
 
 def markov_problem(
@@ -27,6 +29,12 @@ def markov_problem(
     `memory` steps back; which one is not told. The others follow a first-order chain
     with sparse rows (Dirichlet, concentration 0.3).
     """
+    return split_symbols(_chain(rng, size, symbols, memory), batch, symbols)
+
+
+def _chain(
+    rng: np.random.Generator, size: int, symbols: int, memory: int
+) -> NDArray[np.int64]:
     chain = rng.dirichlet(np.full(symbols, 0.3), size=symbols).cumsum(1)
     permutation = rng.permutation(symbols)
     draws = rng.random(size)
@@ -39,7 +47,99 @@ def markov_problem(
             values[t] = int(permutation[values[t - memory]])
         else:
             values[t] = min(bisect(rows[values[t - 1]], draws[t]), last)
-    return split_symbols(np.asarray(values), batch, symbols)
+    return np.asarray(values)
+
+
+KEYS = 24  # of a chord
+
+
+def chords_problem(
+    rng: np.random.Generator, size: int, batch: int, symbols: int, memory: int
+) -> Problem:
+    """The next frame of a piano roll: `markov_problem`'s chain, each symbol a chord.
+
+    A chord is 4 of 24 keys. In a frame each of them is missing with probability 0.05,
+    and each other key sounds with probability 0.005.
+    """
+    chords = np.zeros((symbols, KEYS), bool)
+    for chord in chords:
+        chord[rng.choice(KEYS, 4, replace=False)] = True
+    plain = chords[_chain(rng, size, symbols, memory)]  # [size, KEYS]
+    wrong = rng.random(plain.shape, np.float32) < np.where(plain, 0.05, 0.005)
+    frames = torch.from_numpy((plain ^ wrong).astype(np.float32))
+
+    def streams(begin: int, end: int, batch: int) -> Streams:
+        steps = (end - begin - 1) // batch
+        x, y = (
+            frames[at : at + steps * batch].view(batch, steps, KEYS).transpose(0, 1)
+            for at in (begin, begin + 1)
+        )
+        return Streams(x.contiguous(), y.contiguous())
+
+    a, b, c = training_part(size)
+    return Problem(
+        inputs=Features(KEYS),
+        objective=Labels(KEYS),
+        train=streams(0, a, batch),
+        probe=streams(a, b, PROBE_STREAMS),
+        valid=streams(b, c, PROBE_STREAMS),
+        test=streams(c, size, PROBE_STREAMS),
+    )
+
+
+SERIES = 8
+
+
+def waves_problem(
+    rng: np.random.Generator, size: int, batch: int, width: int, memory: int
+) -> Problem:
+    """The next `width` values of a noisy series, from `memory` segments as wide.
+
+    Eight series, each three waves of unlike periods, a random walk and noise, of unit
+    variance together. A sequence is `memory` steps of `width` values, its target those
+    that follow the last one; the last value is subtracted from both. The loss is the
+    mean absolute error. Parts follow each other in time.
+    """
+    least = (memory + 1) * width
+    length = max(40 * least, size * width // SERIES // 4)  # windows overlap
+    time = np.arange(length)
+    series = np.zeros((SERIES, length), np.float32)
+    for row in series:
+        for period in width * np.exp(rng.uniform(np.log(0.3), np.log(memory + 2), 3)):
+            phase = 2 * np.pi * (time / period + rng.random())
+            row += rng.exponential() * np.sin(phase)
+        noise = rng.standard_normal(length)
+        row += rng.uniform(0.1, 1) * noise + rng.uniform(0, 0.05) * np.cumsum(
+            rng.standard_normal(length)
+        )
+        row -= row.mean()
+        row /= row.std()
+
+    def streams(begin: int, end: int, batch: int, tokens: int) -> Streams:
+        count = max(1, tokens // (memory * batch))
+        at = rng.integers(begin, end - least, count * batch)
+        which = rng.integers(SERIES, size=count * batch)
+        cut = series[which[:, None], at[:, None] + np.arange(least)]
+        cut = cut - cut[:, [memory * width - 1]]
+        pieces = cut.reshape(count, batch, memory + 1, width).transpose(0, 2, 1, 3)
+        x = torch.from_numpy(np.ascontiguousarray(pieces[:, :-1]))
+        y = torch.zeros_like(x)
+        y[:, -1] = torch.from_numpy(pieces[:, -1])
+        due = torch.zeros(x.shape[:3], dtype=torch.bool)
+        due[:, -1] = True
+        starts = torch.zeros_like(due)
+        starts[:, 0] = True
+        return Streams(*(part.flatten(0, 1) for part in (x, y, starts, due)))
+
+    a, b, c = training_part(length)
+    return Problem(
+        inputs=Features(width),
+        objective=Numbers(width, "mae"),
+        train=streams(0, a, batch, int(0.85 * size)),
+        probe=streams(a, b, PROBE_STREAMS, size // 20),
+        valid=streams(b, c, PROBE_STREAMS, size // 20),
+        test=streams(c, length, PROBE_STREAMS, size // 20),
+    )
 
 
 def copy_problem(
