@@ -13,6 +13,7 @@ only its differences mean something.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Literal
 
@@ -245,9 +246,17 @@ class Numbers:
 def pinball(out: Tensor, y: Tensor, quantiles: tuple[float, ...]) -> Tensor:
     """max(q e, (q - 1) e), e = y - out, for out [..., Q] and y [...]; twice that, so
     that at q = 1/2 it is the absolute error."""
-    q = out.new_tensor(quantiles)
+    q = _row(quantiles, out.dtype, out.device)
     error = y.unsqueeze(-1) - out
     return 2 * torch.maximum(q * error, (q - 1) * error)
+
+
+@cache
+def _row(
+    numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Made once: a copy from the host would wait for the device, each time."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def _quantile(loss: str, level: float) -> float:

@@ -6,8 +6,8 @@ own step size, of which the learning rate is a factor, usually 1. Both come from
 authors' packages: `pip install 'rlrnn[rivals]'`.
 """
 
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any, Literal, get_args
 
@@ -88,6 +88,43 @@ def evaluation_weights(
         back = 1 - 1 / beta[id(parameter)]
         moved.append(y.clone() if z is None else torch.lerp(y, z, back))
     return moved
+
+
+# --- steps in a captured graph --------------------------------------------------------
+
+
+def capturable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step is all on the device, and takes its rates from there: torch's
+    fused ones. Others count their steps, or look at the device, in Python."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    adam, sgd = torch.optim.Adam, torch.optim.SGD  # AdamW is an Adam
+    return fused and isinstance(optimizer, (adam, sgd))
+
+
+def moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What it keeps of each parameter: other tensors after `load_state_dict`."""
+    states = optimizer.state.values()
+    return [x for kept in states for x in kept.values() if isinstance(x, Tensor)]
+
+
+@contextmanager
+def at_rates(
+    optimizer: torch.optim.Optimizer, rates: Sequence[float | Tensor]
+) -> Iterator[None]:
+    """Inside, the groups have these rates; those of a captured step are tensors, and
+    torch wants the groups to say `capturable`. Neither gets into a state dict."""
+    before = [dict(group) for group in optimizer.param_groups]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if isinstance(rate, Tensor) and rate.is_cuda:
+            rate = rate.float()  # the fused kernels read nothing else
+            if "capturable" in group:
+                group["capturable"] = True
+        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, was in zip(optimizer.param_groups, before, strict=True):
+            group.update(was)
 
 
 def _missing(name: str, package: str) -> ValueError:

@@ -25,9 +25,11 @@ from rlrnn.control import Array, Knobs, Signals
 from rlrnn.data.chunks import Chunk, Problem, Source
 from rlrnn.evaluation import mean_loss, score
 from rlrnn.fast import Fast
+from rlrnn.graphs import Graphs
 from rlrnn.ledger import FORWARD_COST, Ledger, Measured, TrainingConfig
 from rlrnn.models import SequenceModel, activation_penalty
 from rlrnn.optimizers import evaluation_weights, make_optimizer
+from rlrnn.windows import cosine, graphs_of, learn, total_norm
 
 
 class Trainer(Ledger):
@@ -62,6 +64,7 @@ class Trainer(Ledger):
             config.optimizer, self.groups, config.weight_decay
         )
         self.fast = self._make_fast()
+        self.graphs = graphs_of(self)
         self.hidden = model.initial_state(self.batch)
         self.averaged = (
             [p.detach().clone() for p in self.parameters] if config.average else []
@@ -150,6 +153,8 @@ class Trainer(Ledger):
             self._set_lr(float(interval.rates[number]))
             if self.fast is not None:
                 self._train_at_once(self.fast, chunk, seen, last - number)
+            elif self.graphs is not None:
+                self._train_captured(self.graphs, chunk, seen, last - number)
             else:
                 self._train(chunk, interval.truncation, seen, last - number)
         if len(seen.losses) % self.config.accumulate:
@@ -202,7 +207,7 @@ class Trainer(Ledger):
         """The update of the windows so far. `grad_cosine` is that of an interval's last
         two updates: of the mean gradients of their windows."""
         if seen.before:
-            seen.watched["grad_cosine"] = _cosine(seen.before, self._gradients())
+            seen.watched["grad_cosine"] = cosine(seen.before, self._gradients())
         seen.norms.append(self._update(steps))
 
     def _gradients(self) -> list[Tensor]:
@@ -227,8 +232,32 @@ class Trainer(Ledger):
             ends = done.far[0], done.near[0], carried.norm()
             seen.watched.update(fading(*ends, loss, steps))
         if before:
-            seen.watched["grad_cosine"] = _cosine(before, fast.gradients())
+            seen.watched["grad_cosine"] = cosine(before, fast.gradients())
         self._count_update(steps)
+
+    def _train_captured(
+        self, graphs: Graphs, chunk: Chunk, seen: "_Seen", following: int
+    ) -> None:
+        """`_train` as a graph on the device; `following` windows are left."""
+        last, steps = following == 0, len(chunk.x)
+        watch = last and watchable(self.source, steps)
+        # of the last two windows that learn; with a mask it is not known which they are
+        keep = not last and (following == 1 or chunk.mask is not None)
+        before = seen.before if last else []
+        done = learn(graphs, self, chunk, watch, keep, before)
+        self.hidden = done.hidden
+        seen.losses.append(done.loss)
+        seen.due.append(chunk.due)
+        seen.norms.append(done.norm)
+        seen.watched.update(done.watched)
+        seen.before[:] = done.gradients
+        self._count_update(steps)
+
+    @property
+    def drops(self) -> bool:
+        """Whether training draws random numbers."""
+        config = self.model.config
+        return any((config.dropout, config.input_dropout, config.weight_drop))
 
     def _gradient(self, chunk: Chunk, truncation: int) -> Tensor:
         """Adds one window's gradient; its loss. Whole sequences begin at zero, and
@@ -240,9 +269,11 @@ class Trainer(Ledger):
             if not self.model.config.bidirectional and truncation < self._longest():
                 cuts = list(range(truncation, len(chunk.x), truncation)) + cuts
         parts, penalty, begin = [], state.new_zeros(()), 0
-        masks = self.generator.get_state()
+        # a window's pieces have one dropout mask; a graph, without pieces, may not ask
+        masks = self.generator.get_state() if len(cuts) > 1 else None
         for cut in cuts:
-            self.generator.set_state(masks)  # a window's pieces have one dropout mask
+            if masks is not None:
+                self.generator.set_state(masks)
             starts = None if chunk.starts is None else chunk.starts[begin:cut]
             y, out, state = self._read(chunk.x[begin:cut], state.detach(), starts)
             parts.append(out)
@@ -283,10 +314,11 @@ class Trainer(Ledger):
         halves: tuple[Any, Any] = (None, None)
         if chunk.starts is not None:
             halves = chunk.starts[:half], chunk.starts[half:]
-        masks = self.generator.get_state()
+        masks = self.generator.get_state() if self.drops else None
         y_1, first, middle = self._read(chunk.x[:half], carried, halves[0])
         middle.retain_grad()
-        self.generator.set_state(masks)  # the same ones for the second half
+        if masks is not None:
+            self.generator.set_state(masks)  # the same ones for the second half
         y_2, second, state = self._read(chunk.x[half:], middle, halves[1])
         decay = self._decay(second, chunk, carried, middle)
         loss = self._loss(torch.cat((first, second)), chunk)
@@ -362,7 +394,7 @@ class Trainer(Ledger):
                 p - old
                 for p, old in zip(self.parameters, snapshot.weights, strict=True)
             ]
-            return _norm(change) / _norm(snapshot.weights)
+            return total_norm(change) / total_norm(snapshot.weights)
 
     # --- the weights that are kept --------------------------------------------------
 
@@ -530,15 +562,3 @@ def fading(
         "carried_grad": carried_grad.clamp(1e-6, 1e6),
         "grad_decay": (near.log() - far.log()) / (steps // 2),
     }
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    norms: tuple[Tensor, ...] = torch._foreach_norm(tensors)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
-
-
-def _cosine(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    products = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(a, b, strict=True)]
-    scale = (_norm(a) * _norm(b)).clamp_min(1e-12)
-    return torch.stack(products).sum() / scale

@@ -1,16 +1,26 @@
 """Captured graphs: on a CPU `Recording` takes their place, with the same rules."""
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from rlrnn import graphs
+from rlrnn.control import Knobs
 from rlrnn.graphs import Graphs, Recording, graphs_for
+from rlrnn.ledger import TrainingConfig
+from rlrnn.models import ModelConfig
+from rlrnn.optimizers import Optimizer
+from rlrnn.tasks import DataConfig, Kind, Task, build_trainer
+from rlrnn.training import Trainer
 
 CPU = torch.device("cpu")
 
@@ -175,3 +185,128 @@ def test_a_replay_that_differs_is_not_used(what: str) -> None:
     for _ in range(6):
         torch.empty(1).uniform_(generator=plain)
     assert torch.equal(generator.get_state(), plain.get_state())
+
+
+# --- the trainer ----------------------------------------------------------------------
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bit for bit."""
+    (xs, left), (ys, right) = tree_flatten(a), tree_flatten(b)
+    assert left == right
+    return all(
+        np.array_equal(
+            np.asarray(x), np.asarray(y), equal_nan=np.asarray(x).dtype.kind == "f"
+        )
+        for x, y in zip(xs, ys, strict=True)
+    )
+
+
+def trainer(
+    kind: Kind = "markov",
+    optimizer: Optimizer = "adam",
+    model: dict[str, Any] | None = None,
+    device: str = "cpu",
+    **training: Any,
+) -> Trainer:
+    task = Task(
+        DataConfig(kind, batch=3, size=3000, symbols=4, memory=7),
+        ModelConfig("lstm", 5, 1, 4, **(model or {})),
+        TrainingConfig(2000.0, optimizer=optimizer, decisions=8, **training),
+        0,
+    )
+    built = build_trainer(task)
+    if device != "cpu":
+        problem = built.problem.to(torch.device(device))
+        built = Trainer(built.model.to(device), problem, built.config)
+    built.fast = None  # what a CPU has in place of graphs
+    return built
+
+
+def knobs(lr: float, truncation: int) -> Knobs:
+    return Knobs(np.array([lr]), np.array([lr / 2]), np.array([truncation]))
+
+
+# the rate of decision 3 is survived by a roll-back; K changes and comes back
+PLAN = [(0.01, 8), (0.02, 8), (0.01, 16), (math.inf, 8), (0.02, 8), (0.01, 16)]
+
+
+def played(t: Trainer, plan: list[tuple[float, int]] = PLAN) -> list[Any]:
+    """What a controller is told, and all that is left in the end."""
+    told = [vars(t.step(knobs(lr, truncation))) for lr, truncation in plan]
+    return [told, t.state_dict()]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "masks and starts": {"kind": "copy"},
+    "momentum": {"optimizer": "momentum", "average": 0.1},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.1, "layer_decay": 0.5},
+    "ar, frozen": {"ar": 0.1, "tar": 0.1, "frozen": "encoder"},
+    "dropout": {"model": {"dropout": 0.3, "weight_drop": 0.2}},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_trainer_with_graphs_is_the_same(
+    name: str, recording: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = trainer(**VARIANTS[name])
+    monkeypatch.setenv(graphs.SWITCH, "0")
+    theirs = trainer(**VARIANTS[name])
+    assert ours.graphs is not None and theirs.graphs is None
+    for t in (ours, theirs):
+        t.start(range_test=name == "plain")
+    assert same(played(ours), played(theirs))
+    assert ours.lr_scale == 0.5  # the roll-back was one
+    entries = ours.graphs.entries.values()
+    assert any(entry.checked for entry in entries) and len(recording) > 10
+
+
+def test_a_resumed_trainer_captures_again(
+    recording: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = trainer("copy")
+    t.start()
+    first = played(t)
+    begun = trainer("copy")
+    begun.start()
+    begun.step(knobs(0.5, 8))
+    begun.step(knobs(0.5, 8))
+    again = trainer("copy")
+    again.start()
+    played(again, PLAN[:2])
+    state = copy.deepcopy(again.state_dict())
+    for other in (begun, trainer("copy")):  # one that has graphs, and a new one
+        other.load_state_dict(copy.deepcopy(state))
+        rest = played(other, PLAN[2:])
+        assert same(rest, [first[0][2:], first[1]])
+
+
+def test_a_trainer_without_a_capture_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no")
+
+    theirs = trainer("copy")
+    monkeypatch.setenv(graphs.SWITCH, "record")
+    monkeypatch.setattr(Recording, "__init__", broken)
+    ours = trainer("copy")
+    for t in (ours, theirs):
+        t.start()
+    with pytest.warns(UserWarning, match="no captured graph of a window") as told:
+        assert same(played(ours), played(theirs))
+    assert len(told) == 1
+
+
+def test_what_a_trainer_does_not_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(graphs.SWITCH, "record")
+    for options in (
+        {"accumulate": 2},
+        {"unfreeze": 0.5},
+        {"decay_probe": True},
+        {"optimizer": "schedulefree"},
+    ):
+        assert trainer(**options).graphs is None
+    assert trainer().graphs is not None
