@@ -370,6 +370,11 @@ class RecurrentPolicy(BasePolicy):
             results.append((head(y), after, y))
         return results
 
+    @property
+    def drops(self) -> bool:
+        """Whether something is dropped in updates."""
+        return bool(self._dropping)
+
     def take_in(self, obs: Sequences) -> None:
         """Count them for `norm_obs`. It changes what the networks see from now on."""
         if self.seen is not None:

@@ -31,22 +31,26 @@ from rlrnn import checkpoint, losses, returns, seeding
 from rlrnn.agents import contrib, files
 from rlrnn.agents.masking import masked, possible
 from rlrnn.agents.observations import columns, infinite, on_each
+from rlrnn.agents.playing import Player
 from rlrnn.agents.policies import (
     CnnLstmPolicy,
     MultiInputLstmPolicy,
     RecurrentPolicy,
 )
-from rlrnn.agents.rollout import Rollout, minibatches, segment_length
+from rlrnn.agents.rollout import Minibatch, Rollout, minibatches, segment_length
 from rlrnn.agents.storage import restore_statistics, statistics
 from rlrnn.agents.vector import (
     FAULTS,
     AnyEnv,
     HostArray,
+    TensorSource,
     TensorVecEnv,
     is_tensor_env,
     source_of,
 )
+from rlrnn.graphs import graphs_for
 from rlrnn.moments import RunningMoments
+from rlrnn.optimizers import at_rates, capturable, moments
 
 
 class RecurrentPPO(OnPolicyAlgorithm):
@@ -192,6 +196,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.policy = policy.to(self.device)
         if self.env is not None:
             self._warn_of_minibatches()
+        self._graphs = graphs_for(self.device)
+        self._player = Player(self._graphs)
         self._last_state = self.policy.initial_state(self.n_envs)
         self._spread = RunningMoments().to(self.device)  # of discounted returns
         self._returns = torch.zeros(self.n_envs, device=self.device)
@@ -312,21 +318,22 @@ class RecurrentPPO(OnPolicyAlgorithm):
         finals: list[tuple[int, Any, Tensor]] = []  # step, observations, state
         allowed: list[Tensor] = []
         self._played = played = []
-        act = policy.stepper()
-        draw = policy.sampler(self._acting, self.sde_sample_freq)
+        self._player.begin(policy, source, self._acting, self.sde_sample_freq)
 
         for t in range(n_rollout_steps):
             if t % length == 0:
                 cuts.append(mine)
-            with torch.no_grad():
-                features = policy.features(on_each(lambda x: x[None], obs))[0]
-                params, latent, mine = act(features, mine, starts)
-                if (masks := source.masks()) is not None:
-                    allowed.append(masks)
-                    params = masked(policy.distribution, params, masks)
-                actions = draw(params)
+            masks = source.masks()
+            if masks is not None:
+                allowed.append(masks)
+            chosen, told = self._player(obs, mine, starts, masks)
+            features, params, latent, mine, actions = chosen
             played.append((obs, actions, starts, params, features, latent))
-            step = source.step(actions)
+            if told is None:
+                step = source.step(actions)
+            else:
+                assert isinstance(source, TensorSource)
+                step = source.book(*told)
             if step.final_obs is not None:
                 # `mine` is still that of the episode that was cut
                 finals.append((t, step.final_obs, mine))
@@ -482,7 +489,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.logger.record("time/update_fps", int(steps / seconds))
 
     def _train(self) -> None:
-        policy, distribution = self.policy, self.policy.distribution
+        policy = self.policy
         policy.set_training_mode(True)
         self._update_learning_rate(policy.optimizer)
         clip_range = FloatSchedule(self.clip_range)(self._current_progress_remaining)
@@ -492,7 +499,6 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 self._current_progress_remaining
             )
         segments = self.rollout_buffer.segments()
-        parameters = list(policy.parameters())
         update = _Update()
         go_on = True
 
@@ -502,45 +508,19 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 states = self._recomputed()
                 segments = segments._replace(state=states.transpose(0, 1).flatten(1, 2))
             for batch in minibatches(segments, self._minibatch, self._shuffling):
-                params, values, _ = policy.evaluate_sequence(
-                    batch.obs, batch.state, batch.starts, self.bptt_truncation
-                )
-                if batch.masks is not None:
-                    params = masked(distribution, params, batch.masks)
-                log_ratio = distribution.log_prob(params, batch.actions)
-                log_ratio = log_ratio - batch.log_probs
-                advantages = batch.advantages
-                if self.normalize_advantage and advantages.numel() > 1:
-                    deviation, mean = torch.std_mean(advantages)
-                    advantages = (advantages - mean) / (deviation + 1e-8)
-                policy_loss = losses.clipped_surrogate(
-                    log_ratio, advantages, clip_range
-                )
-                value_loss = losses.value_loss(
-                    values, batch.returns, batch.values, clip_range_vf
-                )
-                with torch.set_grad_enabled(self.ent_coef != 0):
-                    entropy_loss = -distribution.entropy(params).mean()
-                loss = (
-                    policy_loss
-                    + self.ent_coef * entropy_loss
-                    + self.vf_coef * value_loss
-                )
-                update.add(loss, policy_loss, value_loss, entropy_loss, log_ratio)
+                if self.target_kl is None:
+                    *row, norm = self._learn_from(batch, clip_range, clip_range_vf)
+                    update.add(*row)
+                    update.grad_norms.append(norm)
+                    continue
                 # a limit on the divergence has to look at it
-                if self.target_kl is not None:
-                    kl = losses.approximate_kl(log_ratio.detach())
-                    if float(kl) > 1.5 * self.target_kl:
-                        go_on = False
-                        break
-                policy.optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                update.grad_norms.append(norm)
-                # a fused step is left out where this is 1, without a look at it
-                left_out = 1 - norm.isfinite().to(norm.dtype)
-                policy.optimizer.found_inf = left_out  # type: ignore[attr-defined]
-                policy.optimizer.step()
+                found = self._losses(batch, clip_range, clip_range_vf)
+                update.add(*found)
+                kl = losses.approximate_kl(found[-1].detach())
+                if float(kl) > 1.5 * self.target_kl:
+                    go_on = False
+                    break
+                update.grad_norms.append(self._descend(found[0]))
             self._n_updates += 1
             if not go_on:
                 break
@@ -549,6 +529,88 @@ class RecurrentPPO(OnPolicyAlgorithm):
         self.logger.record("train/clip_range", clip_range)
         if clip_range_vf is not None:
             self.logger.record("train/clip_range_vf", clip_range_vf)
+
+    def _learn_from(
+        self, batch: Minibatch, clip_range: float, clip_range_vf: float | None
+    ) -> tuple[Tensor, ...]:
+        """An update by one minibatch: what `_losses` gives, and the gradient's norm. On
+        CUDA a captured graph, where the optimiser can be in one, and nothing is
+        dropped (whose masks are drawn on the host)."""
+        policy, optimizer = self.policy, self.policy.optimizer
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+
+        def learn(
+            batch: Minibatch, clip_range: Any, clip_range_vf: Any, rates: list[Any]
+        ) -> tuple[Tensor, ...]:
+            row = self._losses(batch, clip_range, clip_range_vf)
+            with at_rates(optimizer, rates):
+                norm = self._descend(row[0])
+            # of a tape that is kept backward would go on on the stream that it is of
+            return (*(x.detach() for x in row), norm)
+
+        given = batch, clip_range, clip_range_vf, rates
+        if self._graphs is None or policy.drops or not capturable(optimizer):
+            return learn(*given)
+        baked = self.normalize_advantage, self.ent_coef, self.vf_coef
+        done: tuple[Tensor, ...] = self._graphs(
+            "minibatch",
+            learn,
+            given,
+            constants=(
+                policy,
+                optimizer,
+                *baked,
+                self.max_grad_norm,
+                self.bptt_truncation,
+            ),
+            written=lambda: [
+                *policy.parameters(),
+                *policy.buffers(),
+                *moments(optimizer),
+            ],
+        )
+        optimizer.zero_grad()  # nobody is to look at a graph's memory
+        return done
+
+    def _losses(
+        self,
+        batch: Minibatch,
+        clip_range: losses.Number,
+        clip_range_vf: losses.Number | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The loss; its parts: policy, value and entropy; and the log of the ratio."""
+        policy, distribution = self.policy, self.policy.distribution
+        params, values, _ = policy.evaluate_sequence(
+            batch.obs, batch.state, batch.starts, self.bptt_truncation
+        )
+        if batch.masks is not None:
+            params = masked(distribution, params, batch.masks)
+        log_ratio = distribution.log_prob(params, batch.actions)
+        log_ratio = log_ratio - batch.log_probs
+        advantages = batch.advantages
+        if self.normalize_advantage and advantages.numel() > 1:
+            deviation, mean = torch.std_mean(advantages)
+            advantages = (advantages - mean) / (deviation + 1e-8)
+        policy_loss = losses.clipped_surrogate(log_ratio, advantages, clip_range)
+        value_loss = losses.value_loss(
+            values, batch.returns, batch.values, clip_range_vf
+        )
+        with torch.set_grad_enabled(self.ent_coef != 0):
+            entropy_loss = -distribution.entropy(params).mean()
+        loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss
+        return loss, policy_loss, value_loss, entropy_loss, log_ratio
+
+    def _descend(self, loss: Tensor) -> Tensor:
+        """One step of the optimiser; the gradient's norm before it was clipped."""
+        optimizer: Any = self.policy.optimizer
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        # a fused step is left out where this is 1, without a look at it
+        optimizer.found_inf = 1 - norm.isfinite().to(norm.dtype)
+        optimizer.step()
+        optimizer.found_inf = None
+        return norm
 
     @torch.no_grad()
     def _recomputed(self) -> Float[Tensor, "C S B H"]:

@@ -53,6 +53,21 @@ class TensorVecEnv(VecEnv):
         super().__init__(
             env.num_envs, env.single_observation_space, env.single_action_space
         )
+        space = self.action_space
+        self._dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
+        self.bounds: list[Tensor] = []
+        if isinstance(space, spaces.Box):
+            ends = space.low, space.high
+            self.bounds = [torch.tensor(end, device=self.env.device) for end in ends]  # type: ignore[attr-defined]
+
+    def taken(self, actions: Tensor, squashed: bool) -> Tensor:
+        """A policy's actions as the environment takes them; see `source_of`."""
+        if self.bounds:
+            low, high = self.bounds
+            if squashed:
+                actions = low + 0.5 * (actions + 1) * (high - low)
+            actions = torch.clamp(actions, low, high)
+        return actions.to(self._dtype)
 
     def reset(self) -> Any:
         obs, infos = self.env.reset(seed=self._seeds[0])  # the vector has one seed
@@ -298,8 +313,6 @@ class TensorSource:
         self.groups = masking.choices(env.action_space) if self.masked else []
         self.truncates = env.env.metadata.get("truncates") is not False
         self.steps: list[tuple[Tensor, ...]] = []
-        space = env.action_space
-        self.dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
         self.forms = {
             key: (
                 torch.Size([env.num_envs, *(part.shape or ())]),
@@ -308,19 +321,19 @@ class TensorSource:
             for key, part in parts(env.observation_space)
         }
         self.rows = torch.Size([env.num_envs])
-        self.low: Tensor | None = None
-        if isinstance(space, spaces.Box):
-            self.low = torch.tensor(space.low, device=env.env.device)
-            self.high = torch.tensor(space.high, device=env.env.device)
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
-        if self.low is not None:
-            if self.squashed:
-                actions = self.low + 0.5 * (actions + 1) * (self.high - self.low)
-            actions = torch.clamp(actions, self.low, self.high)
-        obs, rewards, terminated, truncated, infos = self.face.env.step(
-            actions.to(self.dtype)
-        )
+        return self.book(*self.face.env.step(self.face.taken(actions, self.squashed)))
+
+    def book(
+        self,
+        obs: Any,
+        rewards: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        infos: dict[str, Any],
+    ) -> Step:
+        """Keeps what a step of the environment gave."""
         for key, x in parts(obs):
             shape, dtype = self.forms[key]
             if x.shape != shape or x.dtype != dtype:

@@ -144,12 +144,15 @@ class MemoryChain(TensorVectorEnv):
         self.length, self.bits = length, bits
         self._bit = torch.arange(bits, device=self.device)
         self._start = torch.full((num_envs,), -1, device=self.device)
+        self._choices = torch.tensor(
+            [2**bits, bits], device=self.device, dtype=torch.float32
+        )
         self._rewards = torch.tensor(
             [0.0, -1.0, 1.0], device=self.device, dtype=torch.float32
         )
 
     def start(self, u: Float32[Tensor, "k 2"]) -> State:
-        context, query = (u * u.new_tensor([2**self.bits, self.bits])).long().unbind(1)
+        context, query = (u * self._choices).long().unbind(1)
         return {"context": context, "query": query, "time": self._start[: len(u)]}
 
     def advance(

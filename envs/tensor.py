@@ -22,11 +22,14 @@ from gymnasium.vector.utils import batch_space
 from jaxtyping import Bool, Float32, Int64
 from numba import njit
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rlrnn.seeding import derive
 
 State = dict[str, Tensor]
 Infos = dict[str, Tensor]
+# observations, rewards, terminated, truncated, infos
+Told = tuple[Tensor, Float32[Tensor, "B"], Bool[Tensor, "B"], Bool[Tensor, "B"], Infos]
 
 # ---------------------------------------------------------------- random numbers
 # Number j of copy i is mix(stream_i + j·GAMMA): no generator, no order of evaluation,
@@ -222,16 +225,39 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         self.state = self._first_state(stream)
         return self.observe(self.state), {}
 
-    def step(
-        self, actions: Tensor
-    ) -> tuple[
-        Tensor, Float32[Tensor, "B"], Bool[Tensor, "B"], Bool[Tensor, "B"], Infos
-    ]:
+    def step(self, actions: Tensor) -> Told:
         if not self.state:
             raise ResetNeeded("step() was called before reset(): call reset() first")
         self._check(actions)
-        before = self.state
-        u_start, u_step, stream = self._draw(before["stream"])
+        drawn = self._draw(self.state["stream"])
+        self.state, told = self._played(self.state, actions, *drawn)
+        return told
+
+    def stepped(self, state: State, actions: Tensor) -> tuple[State, Told]:
+        """The state after a `step` from `state`, and what that gives; nothing else
+        changes. On a device nothing is looked at, so that a captured graph can hold it
+        for as long as the `surroundings` stay as they are."""
+        self._check(actions)
+        stream = state["stream"]
+        u_start = _numbers(stream, self._start_offsets[:1])[0]
+        u_step = _numbers(stream, self._step_offsets[:1])[0]
+        return self._played(state, actions, u_start, u_step, stream + self._ends[0])
+
+    def surroundings(self) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """What `stepped` may depend on beside its arguments: settings, and tensors."""
+        rest = {k: v for k, v in vars(self).items() if k not in ("state", "_ahead")}
+        plain = (bool, int, float, str)
+        settings = tuple((k, v) for k, v in rest.items() if isinstance(v, plain))
+        return settings, [x for x in tree_leaves(rest) if isinstance(x, Tensor)]
+
+    def _played(
+        self,
+        before: State,
+        actions: Tensor,
+        u_start: Float32[Tensor, "B n"],
+        u_step: Float32[Tensor, "B m"],
+        stream: Int64[Tensor, "B 1"],
+    ) -> tuple[State, Told]:
         after, rewards, terminated = self.advance(before, actions, u_step)
         lengths = before["episode_length"] + 1
         returns = before["episode_return"] + rewards
@@ -250,12 +276,12 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         obs = final_obs
         if rows is None or len(rows):
             obs, after = self._restart(done, rows, u_start, final_obs, after)
-        self.state = after | {
+        after = after | {
             "stream": stream,
             "episode_length": lengths.masked_fill(done, 0),
             "episode_return": returns.masked_fill(done, 0.0),
         }
-        return obs, rewards, terminated, truncated, infos
+        return after, (obs, rewards, terminated, truncated, infos)
 
     def _restart(
         self,

@@ -1,7 +1,7 @@
 """Functions of tensors as captured CUDA graphs, which check themselves.
 
     graphs = graphs_for(device)                      None: run eagerly
-    loss, y = graphs("window", function, (x, hidden, 0.1), state=lambda: weights)
+    loss, y = graphs("window", function, (x, hidden, 0.1), written=lambda: weights)
 
 A captured graph is one launch where eager torch needs hundreds. It reads and writes
 memory that it was captured with, so that a mistake is silent: old inputs, results that
@@ -24,7 +24,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -92,10 +92,10 @@ class Graphs:
 
     A call gives what `function(*inputs)` gives; inputs and results are trees (tuples,
     lists, dicts) of tensors, None and, among inputs, floats, which become 0-dimensional
-    float64 tensors. `state()` lists the tensors outside of them that the function reads
-    or writes: where one has moved, the graph is captured anew. All else that it depends
-    on is among `constants`, or never changes. `generators`: what it draws from. It may
-    not look at the device, nor keep what it is given or makes.
+    float64 tensors. `written()` and `read()` list the tensors outside of them that the
+    function writes, or only reads: where one has moved, the graph is captured anew. All
+    else that it depends on is among `constants`, or never changes. `generators`: what
+    it draws from. It may not look at the device, nor keep what it is given or makes.
     """
 
     def __init__(
@@ -120,7 +120,8 @@ class Graphs:
         inputs: tuple[Any, ...],
         *,
         constants: tuple[Hashable, ...] = (),
-        state: Callable[[], list[Tensor]] = list,
+        written: Callable[[], list[Tensor]] = list,
+        read: Callable[[], list[Tensor]] = list,
         generators: tuple[torch.Generator, ...] = (),
     ) -> Any:
         if name in self.eager:
@@ -128,7 +129,7 @@ class Graphs:
         leaves, tree = tree_flatten(inputs)
         key = name, constants, generators, tree, tuple(map(_form, leaves))
         entry = self.entries.pop(key, None)
-        self.entries[key] = entry or _Entry(self, state, generators)
+        self.entries[key] = entry or _Entry(self, written, read, generators)
         if len(self.entries) > self.limit:
             self.entries.popitem(last=False)
         if entry is None:
@@ -137,7 +138,7 @@ class Graphs:
             return _tree(*entry(function, leaves, tree))
         finally:
             if entry.failure:
-                self._give_up(name, entry.failure)
+                self._give_up(name, entry, entry.failure)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -152,10 +153,14 @@ class Graphs:
             yield
         here.wait_stream(self.side)
 
-    def _give_up(self, name: str, why: str) -> None:
+    def _give_up(self, name: str, entry: "_Entry", why: str) -> None:
         self.eager.add(name)
-        for key in [key for key in self.entries if key[0] == name]:
-            del self.entries[key]
+        generators = set(
+            entry.generators
+        )  # which other graphs may have lost: `_capture`
+        for key, other in list(self.entries.items()):
+            if key[0] == name or generators & set(other.generators):
+                del self.entries[key]
         warnings.warn(
             f"no captured graph of a {name}, which runs eagerly: {why}; "
             f"{SWITCH}=0 runs everything without graphs",
@@ -169,13 +174,15 @@ class _Entry:
     def __init__(
         self,
         owner: Graphs,
-        state: Callable[[], list[Tensor]],
+        written: Callable[[], list[Tensor]],
+        read: Callable[[], list[Tensor]],
         generators: tuple[torch.Generator, ...],
     ) -> None:
-        self.owner, self.state, self.generators = owner, state, generators
+        self.owner, self.generators = owner, generators
+        self.written, self.read = written, read
         self.buffers: list[Tensor | None] = []  # the static inputs
         self.graph: Captured | Recording | None = None
-        self.places: list[int] = []  # of the state that it was captured with
+        self.places: list[int] = []  # of the tensors that it was captured with
         self.checked = False
         self.failure = ""
 
@@ -205,12 +212,12 @@ class _Entry:
         return results, form
 
     def _places(self) -> list[int]:
-        return [x.data_ptr() for x in self.state()]
+        return [x.data_ptr() for x in (*self.written(), *self.read())]
 
     def _capture(self, run: Run) -> None:
         self.graph, self.checked, self.places = None, False, self._places()
         side = self.owner.side
-        saved = _Saved(self.state(), self.generators)  # a recording does run
+        saved = _Saved(self.written(), self.generators)  # a recording does run
         # a failed capture would leave its stream the current one
         outside = nullcontext() if side is None else torch.cuda.stream(side)
         try:
@@ -219,18 +226,27 @@ class _Entry:
                     run, self.generators, side, self.owner.pool
                 )
             if self.places != self._places():
-                raise RuntimeError("what it writes has moved")
+                raise RuntimeError("a tensor that it needs has moved")
         except Exception as error:
             self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            for generator in self.generators if side is not None else ():
-                # it may still believe that it counts for a graph
-                generator.graphsafe_set_state(torch.Generator(self.owner.device))
+            if side is not None:
+                self._clean_up()
         saved.restore()
+
+    def _clean_up(self) -> None:
+        """What a failed capture can leave behind."""
+        for generator in self.generators:  # may still count for the graph
+            generator.graphsafe_set_state(torch.Generator(self.owner.device))
+        # torch 2.11's allocator still takes from the pool (pytorch #180395); later ones
+        # say that they do not
+        index = self.owner.side.device.index
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(index, self.owner.pool)
 
     def _check(self, run: Run, leaves: list[Any]) -> tuple[list[Tensor], Any]:
         """The results, of a replay if it agrees with an eager run."""
         assert self.graph is not None
-        before = _Saved(self.state(), self.generators)
+        before = _Saved(self.written(), self.generators)
         outputs, form = run()
         wanted, after = _fresh(outputs), _Saved(before.tensors, self.generators)
         before.restore()

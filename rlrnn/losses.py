@@ -1,21 +1,25 @@
 """Losses of the agent: pure functions on [T, B], a mean over all steps each."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Number = float | Float[Tensor, ""]  # a tensor in a captured graph
 
 
 def clipped_surrogate(
     log_ratio: Float[Tensor, "*T B"],
     advantages: Float[Tensor, "*T B"],
-    epsilon: float,
+    epsilon: Number,
 ) -> Float[Tensor, ""]:
     """PPO's objective as a loss (Schulman et al. 2017, eq. 7), to be minimised.
 
     -E[min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)],  r = exp(log_ratio)
     """
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+    clipped = _between(ratio, 1 - epsilon, 1 + epsilon)
     return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
 
@@ -23,12 +27,16 @@ def value_loss(
     values: Float[Tensor, "*T B"],
     returns: Float[Tensor, "*T B"],
     old_values: Float[Tensor, "*T B"],
-    epsilon: float | None = None,
+    epsilon: Number | None = None,
 ) -> Float[Tensor, ""]:
     """Mean squared error; with `epsilon`, of values kept that near to the old ones."""
     if epsilon is not None:
-        values = old_values + (values - old_values).clamp(-epsilon, epsilon)
+        values = old_values + _between(values - old_values, -epsilon, epsilon)
     return (returns - values).square().mean()
+
+
+def _between(x: Tensor, low: Any, high: Any) -> Tensor:
+    return x.clamp(low, high)
 
 
 def approximate_kl(log_ratio: Float[Tensor, "*T B"]) -> Float[Tensor, ""]:

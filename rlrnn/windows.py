@@ -81,11 +81,12 @@ def learn(
         # its halves have one mask: a generator cannot be turned back in a graph
         return window(*inputs, rates, before)
     done: Window = graphs(
-        "window",
+        # two names, should one of their kernels not be capturable: cuDNN's, or ours
+        "window" if chunk.starts is None else "window with starts",
         window,
         (*inputs, rates, before),
         constants=(scale, watch, keep),
-        state=lambda: [*trainer.model.parameters(), *moments(optimizer)],
+        written=lambda: [*trainer.model.parameters(), *moments(optimizer)],
         generators=(trainer.generator,) if trainer.drops else (),
     )
     return done
