@@ -155,9 +155,7 @@ class Graphs:
 
     def _give_up(self, name: str, entry: "_Entry", why: str) -> None:
         self.eager.add(name)
-        generators = set(
-            entry.generators
-        )  # which other graphs may have lost: `_capture`
+        generators = set(entry.generators)  # new inside, see `_clean_up`
         for key, other in list(self.entries.items()):
             if key[0] == name or generators & set(other.generators):
                 del self.entries[key]

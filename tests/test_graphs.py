@@ -245,12 +245,16 @@ def trainer(
     optimizer: Optimizer = "adam",
     model: dict[str, Any] | None = None,
     device: str = "cpu",
+    batch: int = 3,
     **training: Any,
 ) -> Trainer:
+    size = 1000 * batch
     task = Task(
-        DataConfig(kind, batch=3, size=3000, symbols=4, memory=7),
+        DataConfig(kind, batch=batch, size=size, symbols=4, memory=7),
         ModelConfig("lstm", 5, 1, 4, **(model or {})),
-        TrainingConfig(2000.0, optimizer=optimizer, decisions=8, **training),
+        TrainingConfig(
+            2000.0 * batch / 3, optimizer=optimizer, decisions=8, **training
+        ),
         0,
     )
     built = build_trainer(task)
@@ -665,6 +669,20 @@ def test_captured_windows_on_a_gpu(
         with no_waiting() if again > 3 else nullcontext():
             ours._train_captured(ours.graphs, chunk, seen, 9)
     assert torch.stack(seen.losses).isfinite().all()
+
+
+@pytest.mark.gpu
+def test_a_large_window_on_a_gpu(on_a_gpu: None) -> None:
+    """Above 3,072 symbols an embedding goes back by sorting them, which once looked at
+    the device (pytorch #82886)."""
+    t, seen = trainer(device="cuda", batch=64), _Seen()
+    assert t.graphs is not None
+    chunk = t.next_chunk(64)
+    for again in range(6):
+        torch.cuda.synchronize()
+        with no_waiting() if again > 3 else nullcontext():
+            t._train_captured(t.graphs, chunk, seen, 9)
+    assert checked(t.graphs) == {"window with starts"}
 
 
 @pytest.mark.gpu
