@@ -92,6 +92,14 @@ class Labels:
     def outputs(self) -> int:
         return self.count
 
+    @staticmethod
+    def bias(y: Tensor) -> Tensor:
+        """The outputs [count] of the least loss that does not look at inputs: the log
+        odds of each label in y [N, count], as if it had been there, and not, once
+        more."""
+        there = y.sum(0) + 1
+        return torch.log(there / (len(y) + 2 - there))
+
     def total(self, out: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
         losses = F.binary_cross_entropy_with_logits(out, y, reduction="none").sum(-1)
         return (losses if mask is None else losses * mask).sum()

@@ -230,7 +230,11 @@ def build_trainer(
 def build_model(problem: Problem, config: ModelConfig, seed: int) -> SequenceModel:
     """A model with fresh weights, on the CPU."""
     with seeding.initialising(seed, "model"):
-        return SequenceModel(problem.inputs, problem.objective.outputs, config)
+        model = SequenceModel(problem.inputs, problem.objective.outputs, config)
+    if problem.bias is not None:
+        with torch.no_grad():
+            model.head.bias.copy_(problem.bias)
+    return model
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from rlrnn.data.chunks import Batches
@@ -21,7 +22,9 @@ from rlrnn.data.music import (
     read_music,
     transposed,
 )
+from rlrnn.models import ModelConfig
 from rlrnn.objectives import Labels
+from rlrnn.tasks import build_model
 
 SPLIT = [0.8, 0.1, 0.1]
 PLAIN = MusicOptions()
@@ -132,6 +135,29 @@ def test_transposition_is_of_the_training_part_alone(tmp_path: Path) -> None:
     assert as_set(rolls(problem, "train")) == wanted
     for name in ("valid", "test"):
         assert as_set(rolls(problem, name)) == {json.dumps(p) for p in music[name]}
+
+
+def test_a_model_begins_with_how_often_each_key_sounds(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    parts = {"train": pieces(40), "valid": pieces(4, 1), "test": pieces(4, 2)}
+    file.write_text(json.dumps(parts))
+    problem = music_problem(Paths(str(file)), SPLIT, 4, 0, PLAIN)
+    assert isinstance(problem.train, Batches) and problem.bias is not None
+    windows, t = [], 0
+    while t < problem.train.length:
+        steps = problem.train.span(t, 1024)
+        windows.append(problem.train.window(t, steps))
+        t += steps
+    y = torch.cat([w.y if w.mask is None else w.y[w.mask] for w in windows])
+    y = y.reshape(-1, KEYS)
+    # with each key once more there and not there, nothing constant does better
+    y = torch.cat([y, torch.zeros(1, KEYS), torch.ones(1, KEYS)])
+    bias = problem.bias.clone().requires_grad_()
+    loss = problem.objective.total(bias.expand(len(y), -1), y, None)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert bias.grad is not None and bias.grad.abs().max() < 1e-3
+    model = build_model(problem, ModelConfig("gru", 8), seed=0)
+    assert torch.equal(model.head.bias, problem.bias)
 
 
 def test_transposing_moves_each_note_or_gives_nothing() -> None:

@@ -332,7 +332,9 @@ class Problem:
     every rival. Validation and test stay untouched by training. `format` is what a
     prediction needs beside the model, as plain values and arrays: its "kind", and the
     vocabulary, scalers or labels. `judge(model, split)`, where a kind of data has one,
-    gives metrics beside the objective's.
+    gives metrics beside the objective's. `bias` [C] is what the head's bias begins at,
+    where outputs without inputs are known, such as base rates: learning them first
+    would drown all else in a range test.
     """
 
     inputs: Symbols | Features
@@ -343,6 +345,7 @@ class Problem:
     test: Source
     format: dict[str, Any] = field(default_factory=dict)
     judge: Callable[[Any, str], dict[str, float]] | None = None
+    bias: Tensor | None = None
 
     def to(self, device: torch.device) -> "Problem":
         """The same problem, with its chunks on `device`."""

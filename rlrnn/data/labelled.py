@@ -291,6 +291,7 @@ def labelled_problem(
         objective=Numbers(1) if regression else Classes(len(labels), labels),
         format=format,
         judge=_judge(sources, format["target_scale"]) if regression else None,
+        bias=None,
         **sources,
     )
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from rlrnn import seeding
@@ -215,9 +216,11 @@ def music_problem(
         size = {"train": batch, "probe": PROBE_BATCH}.get(name, 32)
         return Batches(xs, ys, size, order)
 
+    targets = np.concatenate([roll[1:] for roll in parts["train"]])
     return Problem(
         inputs=Features(KEYS),
         objective=Labels(KEYS),
+        bias=Labels.bias(torch.from_numpy(targets)),
         format={"kind": "music", "options": asdict(options)},
         judge=None,
         **{name: source(name) for name in ("train", "probe", "valid", "test")},

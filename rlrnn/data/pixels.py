@@ -131,6 +131,7 @@ def pixels_problem(
         objective=Classes(classes, tuple(map(str, range(classes)))),
         format=format,
         judge=None,
+        bias=None,
         **{name: source(name) for name in ("train", "probe", "valid", "test")},
     )
 

@@ -285,6 +285,7 @@ def speech_problem(
         objective=make(len(labels), tuple(labels)),
         format=format,
         judge=_judge(sources, format) if ctc else None,
+        bias=None,
         **sources,
     )
 

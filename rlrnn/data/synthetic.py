@@ -80,6 +80,7 @@ def chords_problem(
     return Problem(
         inputs=Features(KEYS),
         objective=Labels(KEYS),
+        bias=Labels.bias(frames[1:a]),
         train=streams(0, a, batch),
         probe=streams(a, b, PROBE_STREAMS),
         valid=streams(b, c, PROBE_STREAMS),

@@ -279,6 +279,7 @@ def text_problem(
         **sources,
         format={"kind": "text", **known.format},
         judge=judge if options.level in ("words", "bpe") else None,
+        bias=None,
     )
 
 
