@@ -3,7 +3,7 @@ not trained on.
 
     RLRNN_DATA=… python benchmarks/results.py tinyshakespeare --seeds 1 --threads 2
 
-Runs lie in runs/results/NAME-SEED. One that is finished is not made again, one that was
+Runs lie in runs/results/NAME-SEED, with a number of the further options behind. One that is finished is not made again, one that was
 stopped goes on; so the command may be repeated. Each run is evaluated once. The last
 line is a row for benchmarks/results.md. Further options are those of `rlrnn fit`.
 """
@@ -11,6 +11,7 @@ line is a row for benchmarks/results.md. Further options are those of `rlrnn fit
 import argparse
 import json
 import statistics
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ EVALUATION = "evaluation.json"
 
 def result(name: str, seed: int, more: list[str]) -> dict[str, Any]:
     """The figures of one run, and its minutes."""
-    folder = Path("runs", "results", f"{Path(name).stem}-{seed}")
+    other = f"-{zlib.crc32(repr(more).encode()):08x}" if more else ""
+    folder = Path("runs", "results", f"{Path(name).stem}-{seed}{other}")
     figures = folder / EVALUATION
     if figures.is_file():
         found: dict[str, Any] = json.loads(figures.read_text("utf-8"))
