@@ -3,9 +3,10 @@ not trained on.
 
     RLRNN_DATA=… python benchmarks/results.py tinyshakespeare --seeds 1 --threads 2
 
-Runs lie in runs/results/NAME-SEED, with a number of the further options behind. One that is finished is not made again, one that was
-stopped goes on; so the command may be repeated. Each run is evaluated once. The last
-line is a row for benchmarks/results.md. Further options are those of `rlrnn fit`.
+Runs lie in runs/results/NAME-SEED, with a number of the further options behind. One
+that is finished is not made again, one that was stopped goes on; so the command may be
+repeated. Each run is evaluated once. The last line is a row for benchmarks/results.md.
+Further options are those of `rlrnn fit`.
 """
 
 import argparse
