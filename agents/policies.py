@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Never
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gymnasium import spaces
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
@@ -42,6 +43,8 @@ from rlrnn.agents.distributions import (
 from rlrnn.agents.observations import Batch, Sequences, columns, on_each
 from rlrnn.moments import RunningMoments
 from rlrnn.recurrent import Cell, Recurrent, together
+
+SYMBOLS = 1024  # of an observation that is one number, up to which there is a table
 
 
 class RecurrentPolicy(BasePolicy):
@@ -217,6 +220,12 @@ class RecurrentPolicy(BasePolicy):
             and isinstance(observation_space, spaces.Box)
             and not is_image_space(observation_space)
         )
+        # of one number, the one-hot vectors: looked up sooner than made
+        self._symbols: Tensor | None
+        discrete = isinstance(observation_space, spaces.Discrete)
+        few = discrete and self._seen <= SYMBOLS and extractor is FlattenExtractor
+        table = torch.eye(self._seen) if few else None
+        self.register_buffer("_symbols", table, persistent=False)
         self.seen: RunningMoments | None = None
         if norm_obs:
             if not self._plain:
@@ -583,6 +592,8 @@ class RecurrentPolicy(BasePolicy):
         if self._plain and isinstance(obs, Tensor) and obs.dtype == torch.float32:
             flat = obs.flatten(2)
             return flat if self.seen is None else self.seen.normalize(flat)
+        if self._symbols is not None and isinstance(obs, Tensor) and obs.ndim == 2:
+            return F.embedding(obs.long(), self._symbols)
         if isinstance(obs, dict):
             obs = {k: v for k, v in obs.items() if k not in self.critic_keys}
         return self._extract(obs, self.features_extractor)

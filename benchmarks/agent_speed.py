@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import torch
+from gymnasium.wrappers import TransformObservation
 from stable_baselines3.common.env_util import make_vec_env
-
-import rlrnn  # noqa: F401  registers the ids
-from rlrnn.agents import RecurrentPPO
 
 SETTINGS = {  # envs, steps, units, epochs, minibatch
     "small": (8, 128, 128, 4, 256),
@@ -45,9 +44,11 @@ TENSOR = {
 
 def hidden_cartpole() -> gymnasium.Env[Any, Any]:
     """gymnasium's own cart-pole, without velocities: the same for both agents."""
-    from rlrnn.envs.wrappers import HideCoordinates
-
-    return HideCoordinates(gymnasium.make("CartPole-v1"), hide=[1, 3])
+    full = gymnasium.make("CartPole-v1")
+    assert isinstance(full.observation_space, gymnasium.spaces.Box)
+    low, high = full.observation_space.low[::2], full.observation_space.high[::2]
+    space = gymnasium.spaces.Box(low, high, dtype=np.float32)
+    return TransformObservation(full, lambda obs: obs[::2], space)
 
 
 def repeat_previous() -> gymnasium.Env[Any, Any]:
@@ -78,6 +79,10 @@ def make(
         from sb3_contrib import RecurrentPPO as Peer
 
         return Peer("MlpLstmPolicy", make_vec_env(NUMPY[task], envs), **recipe)
+    # not at the top: the peer's memory is not to hold what it does not need
+    import rlrnn  # noqa: F401  registers the ids
+    from rlrnn.agents import RecurrentPPO
+
     if agent == "tensor":
         env = gymnasium.make_vec(TENSOR[task], num_envs=envs)
     else:
