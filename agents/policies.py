@@ -85,7 +85,7 @@ class RecurrentPolicy(BasePolicy):
         observation_space: spaces.Space[Any],
         action_space: spaces.Space[Any],
         lr_schedule: Schedule,
-        net_arch: list[int] | dict[str, list[int]] | None = None,
+        net_arch: Sequence[Any] | dict[str, Sequence[int]] | None = None,
         activation_fn: type[nn.Module] = nn.Tanh,
         ortho_init: bool = True,
         use_sde: bool = False,
@@ -656,13 +656,28 @@ def _layers(
     """Widths of the layers behind the recurrent ones, in actor and critic."""
     if net_arch is None:
         net_arch = [] if extractor is NatureCNN else [64, 64]
-    if isinstance(net_arch, list) and net_arch and isinstance(net_arch[0], dict):
-        net_arch = net_arch[0]  # as before Stable-Baselines3 1.8
-    if isinstance(net_arch, list):
+    given = net_arch
+    if isinstance(net_arch, (list, tuple)) and net_arch:
+        if isinstance(net_arch[0], dict):
+            net_arch = net_arch[0]  # as before Stable-Baselines3 1.8
+    if isinstance(net_arch, (list, tuple)):
         net_arch = {"pi": net_arch, "vf": net_arch}
-    if extra := net_arch.keys() - {"pi", "vf"}:
-        raise ValueError(f"net_arch has {sorted(extra)}: expected 'pi' and 'vf'")
-    return list(net_arch.get("pi", [])), list(net_arch.get("vf", []))
+    widths: list[Any] = [net_arch]
+    if isinstance(net_arch, dict):
+        if extra := net_arch.keys() - {"pi", "vf"}:
+            raise ValueError(f"net_arch has {sorted(extra)}: expected 'pi' and 'vf'")
+        widths = [net_arch.get("pi", []), net_arch.get("vf", [])]
+    for layers in widths:
+        right = isinstance(layers, (list, tuple)) and all(
+            isinstance(n, (int, np.integer)) and n > 0 for n in layers
+        )
+        if not right:
+            raise ValueError(
+                f"net_arch is {given!r}: expected a list of widths, or such a list for "
+                "each of 'pi' and 'vf'"
+            )
+    pi, vf = ([int(n) for n in layers] for layers in widths)
+    return pi, vf
 
 
 def _dropout(lstm_kwargs: dict[str, Any] | None, layers: int) -> float:

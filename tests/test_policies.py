@@ -861,6 +861,8 @@ def test_dropout_is_for_updates_only() -> None:
         ("box", {"squash_output": True}, "squash_output without use_sde"),
         ("box", {"use_sde": True}, "use_sde with the action space Discrete"),
         ("box", {"net_arch": {"qf": [3]}}, r"net_arch has \['qf'\]"),
+        ("box", {"net_arch": [8, {"pi": [4]}]}, "expected a list of widths"),
+        ("box", {"net_arch": {"pi": [0]}}, "expected a list of widths"),
         ("box", {"lstm_kwargs": {"bias": False}}, "lstm_kwargs has bias=False"),
         ("box", {"lstm_kwargs": {"dropout": 1.5}}, "lstm_kwargs has dropout=1.5"),
         ("box", {"critic_keys": ["a"]}, "expected some keys of a Dict"),
