@@ -606,10 +606,13 @@ class RecurrentPPO(OnPolicyAlgorithm):
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        # a fused step is left out where this is 1, without a look at it
-        optimizer.found_inf = 1 - norm.isfinite().to(norm.dtype)
-        optimizer.step()
-        optimizer.found_inf = None
+        if all(group.get("fused") for group in optimizer.param_groups):
+            # left out where this is 1, without a look at it
+            optimizer.found_inf = 1 - norm.isfinite().to(norm.dtype)
+            optimizer.step()
+            optimizer.found_inf = None
+        elif norm.isfinite():
+            optimizer.step()
         return norm
 
     @torch.no_grad()

@@ -398,7 +398,11 @@ def test_states_begin_at_zero_and_may_be_given_as_zeros(Agent: Any) -> None:
         {"enable_critic_lstm": False},
         {"net_arch": [8], "activation_fn": torch.nn.ReLU},
         {"net_arch": dict(pi=[], vf=[4]), "ortho_init": False},
+        {"net_arch": (8,)},
         {"optimizer_kwargs": {"weight_decay": 1e-3}, "log_std_init": -1.0},
+        {"optimizer_class": torch.optim.AdamW},
+        {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {"momentum": 0.9}},
+        {"optimizer_kwargs": {"fused": False}},
     ],
 )
 def test_policy_kwargs(Agent: Any, kwargs: dict[str, Any]) -> None:
@@ -816,7 +820,19 @@ def test_tensor_environments_that_break(fault: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_an_update_that_diverges_leaves_the_weights_alone() -> None:
+OPTIMIZERS: list[dict[str, Any]] = [
+    {},
+    {"optimizer_class": torch.optim.AdamW},
+    {"optimizer_class": torch.optim.SGD},
+    {"optimizer_class": torch.optim.RMSprop},
+    {"optimizer_kwargs": {"foreach": True}},
+]
+
+
+@pytest.mark.parametrize("kwargs", OPTIMIZERS)
+def test_an_update_that_diverges_leaves_the_weights_alone(
+    kwargs: dict[str, Any],
+) -> None:
     """Rewards that are finite, whose returns are not."""
 
     class Huge(Noise):
@@ -824,7 +840,8 @@ def test_an_update_that_diverges_leaves_the_weights_alone() -> None:
             obs, _, over, late, info = super().step(action)
             return obs, 3e38, over, late, info
 
-    model = make(RecurrentPPO, DummyVecEnv([Huge, Huge]))
+    env = DummyVecEnv([Huge, Huge])
+    model = make(RecurrentPPO, env, policy_kwargs={**SMALL, **kwargs})
     before = weights(model)
     with pytest.raises(ValueError, match="the update diverged") as error:
         model.learn(320)
