@@ -40,7 +40,7 @@ from rlrnn.agents.distributions import (
     deviations,
     distribution_for,
 )
-from rlrnn.agents.observations import Batch, Sequences, columns, on_each
+from rlrnn.agents.observations import Batch, Sequences, columns, infinite, on_each
 from rlrnn.moments import RunningMoments
 from rlrnn.recurrent import Cell, Recurrent, together
 
@@ -252,12 +252,19 @@ class RecurrentPolicy(BasePolicy):
         ValueError: what was given, what was expected.
         """
         space, extractor = self.observation_space, self.features_extractor_class
-        parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+        parts = [*space.spaces.values()] if isinstance(space, spaces.Dict) else [space]
         if any(isinstance(part, (spaces.Dict, spaces.Tuple)) for part in parts):
             raise ValueError(
                 f"observation space is {space}: expected Box, Discrete, MultiDiscrete, "
                 "MultiBinary or a Dict of them; wrap the environment"
             )
+        for part in parts:
+            start = getattr(part, "start", 0)  # of the discrete ones
+            if np.any(start != 0):
+                raise ValueError(
+                    f"observation space is {space}: expected numbers that start at 0; "
+                    "wrap the environment"
+                )
         is_dict = isinstance(space, spaces.Dict)
         if is_dict and extractor in (FlattenExtractor, NatureCNN):
             raise ValueError(
@@ -513,15 +520,22 @@ class RecurrentPolicy(BasePolicy):
             observation = {k: v for k, v in observation.items() if k not in hidden}
         obs, vectorized = self.obs_to_tensor(observation)
         n = columns(obs)
+        if (bad := infinite(obs, 1)).any():
+            raise ValueError(
+                f"observation {int(bad.nonzero()[0])} of {n} is not finite: expected "
+                "numbers; repair the environment"
+            )
         rows = self.actor.initial_state(n)
         if state is not None:
-            given = np.concatenate(state)
-            if given.shape != rows.shape:
+            given = [list(np.shape(part)) for part in state]
+            expected = [list(part.shape) for part in rows.split(self.actor.layers)]
+            if given != expected:
                 raise ValueError(
-                    f"state has shape {list(given.shape)}: expected "
-                    f"{list(rows.shape)} for {n} observations; pass None to begin anew"
+                    f"state has shapes {given}: expected {expected} for {n} "
+                    "observations; pass None to begin anew"
                 )
-            rows = torch.as_tensor(given, dtype=rows.dtype, device=rows.device)
+            whole = np.concatenate(state)
+            rows = torch.as_tensor(whole, dtype=rows.dtype, device=rows.device)
         begins = np.zeros(n, bool) if episode_start is None else episode_start
         begins = np.asarray(begins, bool)
         if begins.size not in (1, n):

@@ -886,6 +886,10 @@ def test_predict_checks_what_it_is_given() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"observation": np.zeros((2, 4))}, "shape"),
         ({"observation": np.zeros((3, 3)), "state": state}, "state has shape"),
+        ({"observation": obs, "state": state[:1]}, "state has shapes"),
+        ({"observation": obs, "state": ()}, "state has shapes"),
+        ({"observation": obs, "state": (state[0], state[1][:, :, :3])}, "has shapes"),
+        ({"observation": obs * [[1], [np.nan]]}, "observation 1 of 2 is not finite"),
         ({"observation": obs, "episode_start": np.ones(3)}, "episode_start has 3"),
     ]
     for arguments, message in wrong:

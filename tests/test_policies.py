@@ -890,6 +890,16 @@ def test_nested_observations_are_an_error(space: spaces.Space[Any]) -> None:
             policy(space, spaces.Discrete(2), lambda _: 1e-3)
 
 
+def test_discrete_observations_start_at_zero() -> None:
+    later = spaces.Discrete(3, start=1)
+    for policy, space in (
+        (RecurrentPolicy, later),
+        (MultiInputLstmPolicy, spaces.Dict({"a": later})),
+    ):
+        with pytest.raises(ValueError, match="numbers that start at 0"):
+            policy(space, spaces.Discrete(2), lambda _: 1e-3)
+
+
 def test_defaults_of_the_policies() -> None:
     """As in sb3-contrib: no layers behind a CNN, two of 64 elsewhere."""
     expected: dict[str, list[int]] = {"image": [], "dict": [64, 64], "box": [64, 64]}
