@@ -731,6 +731,13 @@ def test_files_and_settings_round_trip() -> None:
     loaded.learn(48)
 
 
+def test_torchs_own_classes_are_stored(tmp_path: Path) -> None:
+    kwargs = {"activation_fn": nn.Mish, "optimizer_class": torch.optim.NAdam}
+    agent(counters(), policy_kwargs={**SMALL, **kwargs}).save(tmp_path / "a")
+    loaded = RecurrentPPO.load(tmp_path / "a", device="cpu")
+    assert loaded.policy_kwargs == {**SMALL, **kwargs}
+
+
 def test_code_is_not_stored_but_asked_for(tmp_path: Path) -> None:
     agent(counters(), learning_rate=lambda p: p * 1e-3).save(tmp_path / "a.zip")
     with pytest.raises(ValueError, match=r"cannot hold learning_rate.*pass load\("):
