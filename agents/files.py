@@ -88,6 +88,11 @@ def load(
     overrides: dict[str, Any],
 ) -> Any:
     """See `RecurrentPPO.load`; an agent of the class `cls`."""
+    if unknown := overrides.keys() - set(SETTINGS):
+        raise ValueError(
+            f"load was given {', '.join(sorted(unknown))}: expected arguments of the "
+            "constructor; set other attributes of the agent afterwards"
+        )
     path = existing(path)
     if contrib.recognises(path):
         return _imported(cls, path, env, device, trust, overrides)

@@ -1,8 +1,9 @@
 """Observations: a tensor, or, where the space is a `Dict`, a dict of tensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from jaxtyping import Bool, Shaped
@@ -28,6 +29,17 @@ def parts(obs: Any) -> Iterable[tuple[str, Any]]:
 def columns(obs: Batch) -> int:
     """B."""
     return next(len(x) for _, x in parts(obs))
+
+
+def outside(obs: Any, space: spaces.Space[Any]) -> Iterator[tuple[int, str]]:
+    """Columns whose numbers are not among those of a discrete space: b, and what."""
+    for key, part in parts(space):
+        if isinstance(part, (spaces.Discrete, spaces.MultiDiscrete)):
+            x = np.asarray(obs[key] if key else obs)
+            limit = part.n if isinstance(part, spaces.Discrete) else part.nvec
+            wrong = ((x < 0) | (x >= limit)).reshape(len(x), -1).any(1)
+            for b in np.flatnonzero(wrong):
+                yield int(b), f"{key} {x[b]}, outside of {part}".strip()
 
 
 def infinite(obs: Any, axes: int) -> Bool[Tensor, "..."]:

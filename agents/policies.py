@@ -527,8 +527,8 @@ class RecurrentPolicy(BasePolicy):
             )
         rows = self.actor.initial_state(n)
         if state is not None:
-            given = [list(np.shape(part)) for part in state]
-            expected = [list(part.shape) for part in rows.split(self.actor.layers)]
+            given, layers = [list(np.shape(part)) for part in state], self.actor.layers
+            expected = [list(part.shape) for part in torch.split(rows, layers)]
             if given != expected:
                 raise ValueError(
                     f"state has shapes {given}: expected {expected} for {n} "

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rlrnn import checkpoint, losses, returns, seeding
 from rlrnn.agents import contrib, files
 from rlrnn.agents.masking import masked, possible
-from rlrnn.agents.observations import columns, infinite, on_each
+from rlrnn.agents.observations import columns, infinite, on_each, outside, parts
 from rlrnn.agents.playing import Player
 from rlrnn.agents.policies import (
     CnnLstmPolicy,
@@ -41,12 +41,15 @@ from rlrnn.agents.rollout import Minibatch, Rollout, minibatches, segment_length
 from rlrnn.agents.storage import restore_statistics, statistics
 from rlrnn.agents.vector import (
     FAULTS,
+    STACKING,
     AnyEnv,
     HostArray,
     TensorSource,
     TensorVecEnv,
+    brief,
     is_tensor_env,
     source_of,
+    stacking,
 )
 from rlrnn.graphs import graphs_for
 from rlrnn.moments import RunningMoments
@@ -90,10 +93,11 @@ class RecurrentPPO(OnPolicyAlgorithm):
     policy: RecurrentPolicy  # type: ignore[assignment]
     use_masking = True  # for calls of `collect_rollouts` outside of `learn`
     rollout_buffer: Rollout  # type: ignore[assignment]
+    _kept: dict[str, Any] | None = None  # what a VecNormalize knew before the rollout
 
     def __init__(
         self,
-        policy: str | type[RecurrentPolicy],
+        policy: str | type[BasePolicy],
         env: AnyEnv | str | None,
         learning_rate: float | Schedule = 3e-4,
         n_steps: int = 128,
@@ -183,6 +187,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
     # --- set-up -----------------------------------------------------------------------
 
     def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, RecurrentPolicy):
+            raise ValueError(
+                f"policy is {self.policy_class.__module__}."
+                f"{self.policy_class.__name__}: expected one of "
+                f"{', '.join(map(repr, self.policy_aliases))}, or a RecurrentPolicy"
+            )
         self._setup_lr_schedule()
         self.set_random_seed(self.seed)
         policy = self.policy_class(
@@ -192,7 +202,6 @@ class RecurrentPPO(OnPolicyAlgorithm):
             use_sde=self.use_sde,
             **{"seed": self._entropy, **self.policy_kwargs},
         )
-        assert isinstance(policy, RecurrentPolicy)
         self.policy = policy.to(self.device)
         if self.env is not None:
             self._warn_of_minibatches()
@@ -290,6 +299,35 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 progress_bar,
             )
 
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._keep_statistics()
+        expected = f"expected {self.n_envs} of {self.observation_space}"
+        try:
+            result = super()._setup_learn(*args, **kwargs)
+        except STACKING as error:
+            if not stacking(error):
+                raise
+            raise ValueError(
+                f"the first observations do not fit ({brief(error)}): {expected}; "
+                "repair the environment, or its observation space"
+            ) from error
+        seen: Any = dict(parts(self._last_obs))
+        for key, part in parts(self.observation_space):
+            shape = self.n_envs, *(part.shape or ())
+            if seen[key].shape != shape:
+                given = f"{key} {list(seen[key].shape)}".strip()
+                self._last_obs = None
+                raise ValueError(
+                    f"the first observations are {given}: {expected}; repair the "
+                    "environment, or its observation space"
+                )
+        return result
+
+    def _keep_statistics(self) -> None:
+        """Those of a `VecNormalize`, for when a rollout is refused."""
+        normalize = self._vec_normalize_env
+        self._kept = None if normalize is None else statistics(normalize)
+
     def collect_rollouts(
         self,
         env: VecEnv,
@@ -300,9 +338,28 @@ class RecurrentPPO(OnPolicyAlgorithm):
         """Play, remember, and estimate advantages; False if `callback` says stop.
 
         A new `self.rollout_buffer` takes the place of the old one, which is ignored.
-        Callbacks find the locals that Stable-Baselines3 has. Those of a tensor
+        Callbacks find most locals of Stable-Baselines3's. Those of a tensor
         environment are copied to the host when a callback looks at them.
         """
+        try:
+            go_on = self._collect(env, callback, n_rollout_steps)
+        except (IndexError, RuntimeError) as error:
+            if self.device.type != "cpu" or self._last_obs is None:
+                raise
+            for copy, what in outside(self._last_obs, self.observation_space):
+                step = len(self._played)
+                self._forget()
+                raise ValueError(
+                    f"environment {copy} gave an observation {what}, at step {step} "
+                    "of the rollout; repair the environment, or its observation space"
+                ) from error
+            raise
+        self._keep_statistics()
+        return go_on
+
+    def _collect(
+        self, env: VecEnv, callback: BaseCallback, n_rollout_steps: int
+    ) -> bool:
         began = time.perf_counter()
         policy = self.policy
         policy.set_training_mode(False)
@@ -448,12 +505,18 @@ class RecurrentPPO(OnPolicyAlgorithm):
         t, copy = (int(i) for i in np.argwhere(faults)[0])
         when = self.num_timesteps - (steps - t - 1) * copies
         fault = next(text for key, text in FAULTS.items() if faults[t, copy] & key)
-        self._played, self._last_obs = [], None
-        self._last_state = self.policy.initial_state(self.n_envs)
+        self._forget()
         raise ValueError(
             f"environment {copy} {fault}, at step {t} of the rollout (timestep "
             f"{when}): nothing was learned from it; repair the environment"
         )
+
+    def _forget(self) -> None:
+        """The rollout under way; the next `learn` begins new episodes."""
+        self._played, self._last_obs = [], None
+        self._last_state = self.policy.initial_state(self.n_envs)
+        if self._vec_normalize_env is not None and self._kept is not None:
+            restore_statistics(self._vec_normalize_env, self._kept)
 
     def _scaled(self, rewards: Tensor, dones: Tensor) -> Tensor:
         """Rewards [T, B] as they are learned from."""
@@ -519,6 +582,8 @@ class RecurrentPPO(OnPolicyAlgorithm):
                 kl = losses.approximate_kl(found[-1].detach())
                 if float(kl) > 1.5 * self.target_kl:
                     go_on = False
+                    if self.verbose >= 1:
+                        print(f"Stopping in epoch {epoch}: the KL is {float(kl):.2f}")
                     break
                 update.grad_norms.append(self._descend(found[0]))
             self._n_updates += 1

@@ -5,6 +5,7 @@ Stable-Baselines3 expects; a source steps either kind for the training loop.
 """
 
 import time
+import traceback
 from collections.abc import Sequence
 from functools import cached_property
 from operator import itemgetter
@@ -20,7 +21,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 from torch import Tensor
 
@@ -255,6 +256,21 @@ FAULTS = {
 }
 
 
+# what a `VecEnv` raises where it puts the observations of its copies together
+STACKING = AssertionError, KeyError, TypeError, ValueError
+
+
+def stacking(error: BaseException) -> bool:
+    """Whether it was raised there, and not inside an environment."""
+    frames = traceback.walk_tb(error.__traceback__)
+    names = {frame.f_code.co_name for frame, _ in frames}
+    return not names.isdisjoint({"_save_obs", "_stack_obs"})
+
+
+def brief(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 class Earned(NamedTuple):
     """What T steps of B environments earned, and how episodes ended.
 
@@ -419,6 +435,10 @@ class NumpySource:
             key: (env.num_envs, *(part.shape or ()))
             for key, part in parts(env.observation_space)
         }
+        self.normalize = unwrap_vec_normalize(env)
+        self.first: tuple[int, int, int] | None = None  # fault, its step, its copy
+        if "old_obs" in vars(self.normalize or self):  # not before its first reset
+            self._look(False)
 
     def step(self, actions: Shaped[Tensor, "B *action"]) -> Step:
         played = actions.cpu().numpy()
@@ -431,16 +451,20 @@ class NumpySource:
             obs, rewards, dones, infos = self.env.step(
                 played.astype(self.space.dtype, copy=False)
             )
-        except ValueError as error:
-            if "broadcast" not in str(error):
+        except STACKING as error:
+            if not stacking(error):
                 raise
-            raise self._misfit(f"does not fit ({error})") from error  # DummyVecEnv
+            raise self._misfit(f"does not fit ({brief(error)})") from error
         for key, x in parts(obs):
             if x.shape != self.shapes.get(key) or x.dtype.kind not in "biuf":
                 raise self._misfit(f"{key or 'is'} {x.dtype} {list(x.shape)}")
         truncated, final_obs = self.none, None
         if dones.any():
-            truncated, final_obs = self._ended(obs, dones, infos)
+            try:
+                truncated, final_obs = self._ended(obs, dones, infos)
+            except STACKING as error:  # the last one of an episode
+                raise self._misfit(f"does not fit ({brief(error)})") from error
+        self._look()
         self.rewards.append(rewards.copy())
         self.dones.append(dones.copy())
         self.truncated.append(truncated)
@@ -456,6 +480,20 @@ class NumpySource:
         masks = masking.get_action_masks(self.env)
         masks = masking.as_masks(self.space, masks, self.env.num_envs)
         return torch.from_numpy(masks).to(self.device)
+
+    def _look(self, stepped: bool = True) -> None:
+        """For what is not finite before a `VecNormalize`, which passes it on to all
+        copies."""
+        normalize = self.normalize
+        if normalize is None or self.first is not None:
+            return
+        t = len(self.rewards)
+        if stepped and not (fine := np.isfinite(normalize.old_reward)).all():
+            self.first = 4, t, int(np.argmin(fine))
+            return
+        for _, x in parts(normalize.old_obs):
+            if x.dtype.kind == "f" and not (fine := np.isfinite(x)).all():
+                self.first = 1, t + stepped, int(np.argwhere(~fine)[0, 0])
 
     def _misfit(self, what: str) -> ValueError:
         return ValueError(
@@ -491,6 +529,11 @@ class NumpySource:
         dones, truncated = np.stack(self.dones), np.stack(self.truncated)
         rewards = np.stack(self.rewards).astype(np.float32)
         wrong = faults.cpu().numpy() + 4 * ~np.isfinite(rewards)
+        if self.first is not None:
+            fault, t, copy = self.first
+            last = t == len(wrong)
+            wrong[:] = 0
+            wrong[t - last, copy] = 8 if last else fault
         return Earned(
             torch.from_numpy(rewards).to(self.device),
             torch.from_numpy(dones & ~truncated).to(self.device),

@@ -18,6 +18,7 @@ import torch
 from gymnasium import spaces
 from sb3_contrib import RecurrentPPO as ContribPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from sb3_contrib.ppo_recurrent import MlpLstmPolicy as TheirPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -33,8 +34,11 @@ from stable_baselines3.common.callbacks import (
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import (
     DummyVecEnv,
+    SubprocVecEnv,
     VecFrameStack,
     VecMonitor,
     VecNormalize,
@@ -737,10 +741,14 @@ def test_wandb_callback(
 class Faulty(Noise):
     """From its tenth step on it does something that it should not."""
 
-    def __init__(self, fault: str) -> None:
-        super().__init__(length=50)
+    def __init__(self, fault: str, observation_space: spaces.Space[Any] = OBS) -> None:
+        super().__init__(observation_space=observation_space, length=50)
         self.fault = fault
         self.steps = 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, info = super().reset(**kwargs)
+        return (np.zeros(4, np.float32) if self.fault == "reset" else obs), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         obs, reward, over, late, info = super().step(action)
@@ -753,8 +761,14 @@ class Faulty(Noise):
                     reward = float("inf")
                 case "final":
                     obs, late = np.array([0, np.inf, 0], np.float32), True
-                case "shape":
-                    obs = np.zeros(4, np.float32)
+                case "shape" | "last shape":
+                    obs, late = np.zeros(4, np.float32), self.fault != "shape"
+                case "number":
+                    obs = 4
+                case "key":
+                    obs = {"b": obs["b"]}
+                case "b":
+                    obs = {**obs, "b": -1}
         return obs, reward, over, late, info
 
 
@@ -781,6 +795,63 @@ def test_environments_that_break(fault: str, tmp_path: Path) -> None:
     model.set_env(envs())
     model.learn(32, reset_num_timesteps=False)
     assert weights(model).isfinite().all()
+
+
+PARTS = spaces.Dict({"a": OBS, "b": spaces.Discrete(4)})
+MISFITS: list[tuple[str, spaces.Space[Any], str]] = [
+    ("shape", OBS, "an observation does not fit .* at step 9 of the rollout: expected"),
+    ("last shape", OBS, "an observation does not fit .* at step 9 "),
+    ("reset", OBS, "the first observations do not fit .*: expected 2 of Box"),
+    ("key", PARTS, "an observation does not fit .KeyError: 'a'. at step 9 "),
+    ("number", spaces.Discrete(4), "environment 1 gave an observation 4, outside of "),
+    ("b", PARTS, r"1 gave an observation b -1, outside of Discrete\(4\), at step 10 "),
+]
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(("fault", "space", "message"), MISFITS)
+def test_observations_that_do_not_fit(
+    fault: str, space: spaces.Space[Any], message: str, processes: bool
+) -> None:
+    makers: list[Callable[[], Any]] = [
+        lambda: Noise(observation_space=space),
+        lambda: Faulty(fault, space),
+    ]
+    env = SubprocVecEnv(makers, "fork") if processes else DummyVecEnv(makers)
+    policy = "MultiInputLstmPolicy" if space is PARTS else "MlpLstmPolicy"
+    model = RecurrentPPO(policy, env, n_steps=16, batch_size=16, policy_kwargs=SMALL)
+    with pytest.raises(ValueError, match=message) as error:
+        model.learn(320)
+    env.close()
+    assert "\n" not in str(error.value)
+    model.set_env(envs(observation_space=space))
+    model.learn(32, reset_num_timesteps=False)
+
+
+def test_all_first_observations_of_another_shape() -> None:
+    makers: list[Callable[[], Any]] = [lambda: Faulty("reset")] * 2
+    env = SubprocVecEnv(makers, "fork")
+    with pytest.raises(ValueError, match=r"observations are \[2, 4\]: expected 2"):
+        make(RecurrentPPO, env).learn(32)
+    env.close()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("fault", ["obs", "reward"])
+def test_normalisation_does_not_hide_who_broke(fault: str) -> None:
+    """Its statistics are then of all copies; they are put back."""
+    env = VecNormalize(DummyVecEnv([Noise, lambda: Faulty(fault)]))
+    model = make(RecurrentPPO, env, n_steps=8)
+    with pytest.raises(ValueError, match=rf"environment 1 .* at step {ONE_ON[fault]} "):
+        model.learn(320)
+    assert isinstance(env.obs_rms, RunningMeanStd)
+    for moments in (env.obs_rms, env.ret_rms):
+        assert np.isfinite(moments.mean).all() and np.isfinite(moments.var).all()
+        assert round(moments.count) == 16 + 2 * (moments is env.obs_rms)
+    model.learn(16, reset_num_timesteps=False)
+
+
+ONE_ON = {"obs": 2, "reward": 1}  # steps of the second rollout
 
 
 @pytest.mark.parametrize("fault", ["obs", "reward", "shape", "dtype", "rewards"])
@@ -905,3 +976,17 @@ def test_a_file_of_another_policy(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="Observation spaces do not match"):
         RecurrentPPO.load(tmp_path / "a", task("numpy"))
+    with pytest.raises(ValueError, match="load was given steps: expected arguments"):
+        RecurrentPPO.load(tmp_path / "a", steps=3)
+
+
+def test_policies_of_others() -> None:
+    for policy in (TheirPolicy, ActorCriticPolicy):
+        with pytest.raises(ValueError, match=f"{policy.__name__}: expected one of 'M"):
+            RecurrentPPO(policy, envs())
+
+
+def test_stopping_by_the_divergence_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make(RecurrentPPO, envs(), target_kl=1e-9, learning_rate=0.1, verbose=1)
+    model.learn(32)
+    assert "Stopping in epoch 0: the KL is" in capsys.readouterr().out
