@@ -30,6 +30,7 @@ DEALT = {  # nothing that is done changes what is dealt
     "HigherLower": "higher_lower",
 }
 MODULES = DEALT | {
+    "RepeatPrevious": "repeat_previous",  # its ceilings: test_envs.py
     "Concentration": "concentration",
     "MultiarmedBandit": "multiarmed_bandit",
 }
@@ -123,7 +124,7 @@ def arranged(wanted: Tensor, kinds: NDArray[np.int64]) -> NDArray[np.int64]:
 def luck_of(name: str, theirs: Any, seen: Tensor, numbers: list[Any]) -> Luck:
     """From what a copy saw in one episode [T+1, ...], and the bandit's numbers."""
     match name:  # POPGym deals from the end
-        case "RepeatFirst":
+        case "RepeatPrevious" | "RepeatFirst":
             orders = [arranged(seen.flip(0), theirs.deck.suits_idx)]
         case "HigherLower":
             orders = [arranged(seen.flip(0), theirs.deck.ranks_idx)]
