@@ -24,6 +24,7 @@ from numba import njit
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rlrnn.device import resolve_device
 from rlrnn.seeding import derive
 
 State = dict[str, Tensor]
@@ -180,7 +181,8 @@ class TensorVectorEnv(VectorEnv[Tensor, Tensor, Tensor], ABC):
         )
         self._action_dtype = example.dtype
         self._action_shape = (num_envs, *example.shape)
-        self.device = torch.empty(0, device=device).device  # "cuda" is now "cuda:0"
+        found = resolve_device(str(device))
+        self.device = torch.empty(0, device=found).device  # "cuda" is now "cuda:0"
         self.state: State = {}
         self._may_read = self.device.type == "cpu"  # elsewhere it would have to wait
         draws = self.start_draws + self.step_draws

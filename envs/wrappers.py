@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Box, flatten, flatten_space
 from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
@@ -256,6 +257,46 @@ class PreviousActionReward(
         parts += [action] if self._action else []
         parts += [[reward]] if self._reward else []
         return np.concatenate(parts).astype(np.float32)
+
+
+class Checked(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """Raise one clear error for a wrong action, and for a step after the end.
+
+    An action must be a member of the space; of a `Box` finite numbers beyond the bounds
+    are let through, as gymnasium's own tasks clip them.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any]) -> None:
+        RecordConstructorArgs.__init__(self)
+        super().__init__(env)
+        self._ended = False
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        self._ended = False
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        if self._ended:
+            raise ResetNeeded("step() after the end of an episode: call reset() first")
+        if not self._allowed(action):
+            raise ValueError(
+                f"action is {action!r}, expected a member of {self.action_space}"
+            )
+        obs, reward, over, cut, info = self.env.step(action)
+        self._ended = over or cut
+        return obs, reward, over, cut, info
+
+    def _allowed(self, action: Any) -> bool:
+        space = self.action_space
+        if not isinstance(space, Box):
+            return bool(space.contains(action))
+        try:
+            numbers = np.asarray(action, np.float64)
+        except (TypeError, ValueError):
+            return False
+        return numbers.shape == space.shape and bool(np.isfinite(numbers).all())
 
 
 def _box(env: gymnasium.Env[Any, Any]) -> Box:

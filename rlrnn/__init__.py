@@ -26,12 +26,15 @@ def _register() -> None:
         )
 
     def hidden(id: str, entry_point: str, hide: list[int], steps: int) -> None:
-        wrapper = "rlrnn.envs.wrappers:HideCoordinates"
+        wrappers = "rlrnn.envs.wrappers"
         register(
             f"rlrnn/{id}-v0",
             entry_point=entry_point,
             additional_wrappers=(
-                WrapperSpec("HideCoordinates", wrapper, {"hide": hide}),
+                WrapperSpec(
+                    "HideCoordinates", f"{wrappers}:HideCoordinates", {"hide": hide}
+                ),
+                WrapperSpec("Checked", f"{wrappers}:Checked", {}),
             ),
             max_episode_steps=steps,
         )

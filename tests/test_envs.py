@@ -628,6 +628,32 @@ def test_hidden_classics(id: str, original: str, keep: list[int]) -> None:
     assert copies.reset(seed=0)[0].shape == (2, len(keep))
 
 
+@pytest.mark.parametrize("id", HIDDEN_IDS)
+def test_errors_of_hidden_classics(id: str) -> None:
+    """As the tensor tasks have them; gymnasium's own would go on after the end."""
+    env = gymnasium.make(id)
+    with pytest.raises(ResetNeeded, match=r"reset\(\)"):
+        env.step(env.action_space.sample())
+    env.reset(seed=0)
+    wrong: list[Any] = ["x", None, 0.5, -1, [0.0, 0.0], np.full(1, np.nan, np.float32)]
+    for action in wrong:
+        with pytest.raises(ValueError, match="action is .*, expected a member of"):
+            env.step(action)
+    if isinstance(env.action_space, Box):
+        env.step(np.full(1, 9.0, np.float32))  # is clipped
+        env.step(np.zeros(1))
+    ended = False
+    while not ended:
+        *_, over, cut, _ = env.step(env.action_space.sample())
+        ended = over or cut
+    with pytest.raises(ResetNeeded, match="end of an episode: call reset"):
+        env.step(env.action_space.sample())
+    env.reset()
+    env.step(env.action_space.sample())
+    remade = gymnasium.make(env.spec)  # type: ignore[arg-type]
+    assert str(remade) == str(env)
+
+
 def test_hide_coordinates() -> None:
     env = gymnasium.make("CartPole-v1")
     for wrapped in (
@@ -682,6 +708,8 @@ def test_errors() -> None:
     wide.reset(seed=0)
     with pytest.raises(ValueError, match="same num_envs"):
         env.load_state_dict(wide.state_dict())
+    with pytest.raises(ValueError, match="device is 'gpu', expected"):
+        CartPole(3, device="gpu")
     for make in (lambda: CartPole(0), lambda: RepeatPrevious(2, k=52)):
         with pytest.raises(ValueError, match="give at least 1|choose k from 1 to 51"):
             make()
