@@ -59,8 +59,9 @@ def scalar(value: float, device: torch.device) -> Float32[Tensor, ""]:
 class HigherLower(TensorVectorEnv):
     """Cards are dealt one by one: is the next one higher or lower than the shown one?
 
-    Who counts the cards knows better. The N = 52·decks cards are shuffled and dealt
-    without replacement; the ace is the lowest.
+    The task of POPGym (Morad et al., ICLR 2023), step by step. Who counts the cards
+    knows better. The N = 52·decks cards are shuffled and dealt without replacement; the
+    ace is the lowest.
 
     | level  | decks | steps = N-1 | best   | memoryless |
     |--------|-------|-------------|--------|------------|
@@ -110,6 +111,9 @@ class HigherLower(TensorVectorEnv):
 
 class Concentration(TensorVectorEnv):
     """N cards lie face down: turn them two by two, and pairs of a kind stay open.
+
+    The task of POPGym (Morad et al., ICLR 2023), step by step but for two differences,
+    see below.
 
     | level  | decks | kind   | n  | N   | steps | best   | position-blind | chance |
     |--------|-------|--------|----|-----|-------|--------|----------------|--------|

@@ -130,14 +130,16 @@ class CartPole(_Pole):
 class PositionOnlyCartPole(_Pole):
     """POPGym's cart-pole with hidden velocities: the return of a full episode is 1.
 
+    The task of Morad et al. (ICLR 2023), step by step.
+
     | level  | steps L | memoryless | chance |
     |--------|---------|------------|--------|
     | easy   | 200     | 0.257      | 0.111  |
     | medium | 400     | 0.128      | 0.056  |
     | hard   | 600     | 0.086      | 0.037  |
 
-    Observation, action, start and limits are those of `CartPole`, where velocities are
-    hidden.
+    Observation (the position in ±4.8, the angle in ±0.419 rad), action, start and
+    limits are those of `CartPole`, where velocities are hidden.
 
     - Reward: 1/L for every step, the last one included.
     - End: terminated beyond the limits, else truncated after L steps. POPGym reports a
@@ -162,6 +164,8 @@ class PositionOnlyCartPole(_Pole):
 
 class VelocityOnlyCartPole(_Pole):
     """POPGym's cart-pole that shows velocities only.
+
+    The task of Morad et al. (ICLR 2023), step by step.
 
     | level  | steps L | best | memoryless | chance |
     |--------|---------|------|------------|--------|
@@ -209,6 +213,8 @@ class VelocityOnlyCartPole(_Pole):
 class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
     """`PositionOnlyCartPole` of 200 steps whose observations are noisy.
 
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
+
     | level  | sigma | Kalman filter | memoryless | chance |
     |--------|-------|---------------|------------|--------|
     | easy   | 0.1   | 0.98          | 0.25       | 0.111  |
@@ -216,7 +222,8 @@ class NoisyPositionOnlyCartPole(PositionOnlyCartPole):
     | hard   | 0.3   | 0.37          | 0.177      | 0.111  |
 
     Normal noise of standard deviation `sigma` is added to both coordinates, the first
-    observation included; what lies beyond the bounds is clipped to them.
+    observation included; what lies beyond the bounds is clipped to them. The rest is
+    as there: bounds, action, reward (1/200 for every step), start and end.
 
     Returns (undiscounted): 1 at most; the best mean is not known. The columns are
     measured means: a Kalman filter with a linear policy on its estimate, and the best

@@ -37,6 +37,8 @@ def tile(actions: Int64[Tensor, "B 2"], size: int) -> Int64[Tensor, "B"]:
 class Battleship(TensorVectorEnv):
     """Sink four ships on a board that is not shown: where did I shoot, and hit?
 
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
+
     | level  | size | steps = N | density | sweep  | memoryless | chance |
     |--------|------|-----------|---------|--------|------------|--------|
     | easy   | 8    | 64        | 0.56    | 0.166  | -0.44      | -0.45  |
@@ -162,6 +164,8 @@ def placements(
 
 class Minesweeper(TensorVectorEnv):
     """View all tiles without mines; the numbers seen must be kept in mind.
+
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
 
     | level  | size | mines | steps | best    | memoryless | chance |
     |--------|------|-------|-------|---------|------------|--------|

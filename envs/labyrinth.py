@@ -102,6 +102,8 @@ class _Labyrinth(TensorVectorEnv):
 class LabyrinthEscape(_Labyrinth):
     """Find the way out of a maze of which 3 × 3 tiles are in sight.
 
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
+
     | level  | size | rooms   | grid    | best   | hand on the wall | chance |
     |--------|------|---------|---------|--------|------------------|--------|
     | easy   | 10   | 5 × 5   | 11 × 11 | 0.979  | 0.951            | -0.42  |
@@ -156,6 +158,8 @@ class LabyrinthEscape(_Labyrinth):
 
 class LabyrinthExplore(_Labyrinth):
     """Visit every tile of a maze of which 3 × 3 are in sight.
+
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
 
     | level  | size | rooms   | tiles F | best   | hand on the wall | chance |
     |--------|------|---------|---------|--------|------------------|--------|

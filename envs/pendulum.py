@@ -27,6 +27,8 @@ HALF_COST = 16.2736044 / 2
 class PositionOnlyPendulum(TensorVectorEnv):
     """Swing a pendulum up and hold it there, by a torque too weak to lift it at once.
 
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
+
     | level  | steps L | best  | memoryless | chance |
     |--------|---------|-------|------------|--------|
     | easy   | 200     | 0.914 | 0.355      | 0.246  |
@@ -103,6 +105,8 @@ class PositionOnlyPendulum(TensorVectorEnv):
 class NoisyPositionOnlyPendulum(PositionOnlyPendulum):
     """`PositionOnlyPendulum` of 200 steps whose observations are noisy.
 
+    The task of POPGym (Morad et al., ICLR 2023), step by step.
+
     | level  | sigma | Kalman filter | memoryless | chance |
     |--------|-------|---------------|------------|--------|
     | easy   | 0.1   | 0.90          | 0.335      | 0.246  |
@@ -110,7 +114,8 @@ class NoisyPositionOnlyPendulum(PositionOnlyPendulum):
     | hard   | 0.3   | 0.65          | 0.319      | 0.246  |
 
     Normal noise of standard deviation `sigma` is added to both coordinates, the first
-    observation included; what lies beyond ±1 is clipped to it.
+    observation included; what lies beyond ±1 is clipped to it. The rest is as there:
+    action, reward, start and end.
 
     Returns (undiscounted): the best mean is not known; it is below the 0.914 without
     noise. The columns are measured means: an extended Kalman filter whose estimate is

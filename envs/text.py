@@ -1,11 +1,13 @@
 """What a player sees, as lines of text, and what the actions mean.
 
 `picture` draws an observation of one copy, `meanings` names the actions. Both know the
-tasks of this package; any other gymnasium environment is shown by its numbers.
+tasks of this package, and the names of some of gymnasium's; any other environment is
+shown by its numbers.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
 
@@ -22,7 +24,7 @@ from rlrnn.envs.labyrinth import LabyrinthExplore, _Labyrinth
 from rlrnn.envs.pendulum import PositionOnlyPendulum
 from rlrnn.envs.recall import Autoencode, CountRecall, RepeatFirst, RepeatPrevious
 from rlrnn.envs.tensor import SingleEnv
-from rlrnn.envs.wrappers import COORDINATES
+from rlrnn.envs.wrappers import COORDINATES, HideCoordinates
 
 NAMES: dict[int, Sequence[str]] = {  # of cards, by how many kinds there are
     2: ("red", "black"),
@@ -33,10 +35,31 @@ SUITS, RANKS = NAMES[4], NAMES[13]
 TILES = " ", "#", "S", "G", "?", "#"  # what a labyrinth shows
 
 
+@dataclass(frozen=True)
+class Other:
+    """An environment that is no tensor task: its class, and the coordinates shown."""
+
+    kind: str
+    names: tuple[str, ...]
+
+
 def task_of(env: gymnasium.Env[Any, Any]) -> Any:
-    """What `picture` and `meanings` go by: a tensor task, or the environment itself."""
+    """What `picture` and `meanings` go by: a tensor task, or an `Other`."""
     inner = env.unwrapped
-    return inner.vector if isinstance(inner, SingleEnv) else inner
+    if isinstance(inner, SingleEnv):
+        return inner.vector
+    kind = type(inner).__name__
+    return Other(kind, _shown(env, COORDINATES.get(kind, ())))
+
+
+def _shown(env: gymnasium.Env[Any, Any], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the coordinates that the wrappers leave."""
+    if not isinstance(env, gymnasium.Wrapper):
+        return names
+    names = _shown(env.env, names)
+    if isinstance(env, HideCoordinates) and names:
+        return tuple(names[i] for i in env.shown)
+    return names
 
 
 # ------------------------------------------------------------------------ observations
@@ -45,7 +68,7 @@ def task_of(env: gymnasium.Env[Any, Any]) -> Any:
 @singledispatch
 def picture(task: Any, obs: Any) -> list[str]:
     """The observation of one copy in numpy; lines of at most 80 characters."""
-    names: Sequence[str] = COORDINATES.get(type(task).__name__, ())
+    names = task.names if isinstance(task, Other) else ()
     if names and np.shape(obs) == (len(names),):
         return [f"{n}: {x:.3g}" for n, x in zip(names, obs, strict=True)]
     if not isinstance(obs, np.ndarray):
@@ -211,6 +234,12 @@ MEANINGS: dict[type[Any], Sequence[str]] = {
     MemoryChain: ("the bit is 0", "the bit is 1"),
     DelayedXor: ("equal", "different"),
 }
+OTHERS: dict[str, Sequence[str]] = {  # by the class of gymnasium's environment
+    "CartPoleEnv": ("push left", "push right"),
+    "MountainCarEnv": ("push left", "nothing", "push right"),
+    "AcrobotEnv": ("torque -1", "nothing", "torque +1"),
+    "LunarLander": ("nothing", "left engine", "main engine", "right engine"),
+}
 HINTS: dict[type[Any], str] = {
     RepeatPrevious: "name the suit of the k-th latest card",
     RepeatFirst: "name the suit of the first card",
@@ -230,6 +259,8 @@ def meanings(task: Any, space: Any) -> list[str]:
     """What to enter as an action: a line, then one for each that has a name."""
     hints = [HINTS[kind] for kind in type(task).__mro__ if kind in HINTS]
     names = [MEANINGS[kind] for kind in type(task).__mro__ if kind in MEANINGS]
+    if isinstance(task, Other) and task.kind in OTHERS:
+        names = [OTHERS[task.kind]]
     text = f": {hints[0]}" if hints else ""
     if isinstance(space, Discrete):
         first, last = int(space.start), int(space.start + space.n) - 1

@@ -43,6 +43,34 @@ class HideCoordinates(
     `env` has a `Box` observation with one axis. Give those to `keep` or those to
     `hide`, by index or, for the environments in `COORDINATES`, by name: hiding
     velocities turns a control task into a memory task.
+
+    So are registered, with gymnasium's own start, rewards and ends:
+
+    | `rlrnn/...HiddenVelocity-v0` | observation                  | action     | steps |
+    |------------------------------|------------------------------|------------|-------|
+    | Pendulum                     | cos, sin: ±1                 | Box(-2, 2) | 200   |
+    | MountainCarContinuous        | position: -1.2 ... 0.6       | Box(-1, 1) | 999   |
+    | Acrobot                      | cos, sin of two angles: ±1   | Discrete 3 | 500   |
+    | LunarLander                  | x, y, angle, legs: see there | Discrete 4 | 1000  |
+
+    | task                         | best        | memoryless | chance       |
+    |------------------------------|-------------|------------|--------------|
+    | Pendulum                     | -140        | -1050      | -1227        |
+    | MountainCarContinuous        | > 92        | not known  | -33          |
+    | Acrobot                      | not known   | not known  | -500         |
+    | LunarLander                  | not known   | not known  | not measured |
+
+    - Reward: Pendulum's is minus the cost that `PositionOnlyPendulum` describes, whose
+      easy level is the same task: its figures are those here. MountainCarContinuous has
+      100 at the goal, less 0.1·action² for every step (an LSTM agent has reached 92);
+      Acrobot -1 for every step, but 0 for the one that reaches the height.
+    - Start: Pendulum's angle in ±π, speed in ±1; the car in -0.6 ... -0.4, at rest;
+      Acrobot's angles and speeds in ±0.1; the lander at the top, pushed at random.
+    - End: truncated after that many steps; terminated at the goal, at the height, and
+      when the lander has crashed, flown off or come to rest. Pendulum: never terminated.
+    - Sources: gymnasium (Towers et al. 2024); the car, Moore ("Efficient Memory-based
+      Learning for Robot Control", 1990); Acrobot, Sutton ("Generalization in
+      Reinforcement Learning", NIPS 1996).
     """
 
     def __init__(
@@ -68,13 +96,13 @@ class HideCoordinates(
         shown = [i for i in range(size) if (i in named) == (keep is not None)]
         if not shown:
             raise ValueError(f"keep={keep}, hide={hide} leaves nothing to observe")
-        self._shown = np.array(shown)
+        self.shown = np.array(shown)
         self.observation_space = Box(
             space.low[shown], space.high[shown], dtype=space.dtype.type
         )
 
     def observation(self, observation: Any) -> Any:
-        return observation[self._shown]
+        return observation[self.shown]
 
 
 class ObservationNoise(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):

@@ -12,9 +12,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from rlrnn.envs.tensor import TensorVectorEnv
 from rlrnn.envs.text import entered, meanings, picture, task_of
+from rlrnn.envs.wrappers import HideCoordinates
 from rlrnn.flows import make_env
 from rlrnn.running import run_config
 
@@ -161,10 +163,11 @@ Tensor-native tasks. `gymnasium.make(id)` gives a numpy environment,
 steps, at random, and its contract: the docstring of its class. This page is made by
 `python -m rlrnn.play`.
 
-Beside them are registered, with the velocities hidden, four of gymnasium's:
-`rlrnn/PendulumHiddenVelocity-v0`, `rlrnn/MountainCarContinuousHiddenVelocity-v0`,
-`rlrnn/AcrobotHiddenVelocity-v0` and `rlrnn/LunarLanderHiddenVelocity-v0` (which needs
-`gymnasium[box2d]`); and `rlrnn/Tuning-v0`, in which an episode is a training run.
+Beside them are registered, with the [velocities hidden](#hidecoordinates), four of
+gymnasium's: `rlrnn/PendulumHiddenVelocity-v0`,
+`rlrnn/MountainCarContinuousHiddenVelocity-v0`, `rlrnn/AcrobotHiddenVelocity-v0` and
+`rlrnn/LunarLanderHiddenVelocity-v0` (which needs `gymnasium[box2d]`); and
+`rlrnn/Tuning-v0`, in which an episode is a training run.
 `rlrnn.envs.wrappers` makes memory tasks of others: it hides coordinates, adds noise,
 drops or delays observations, and shows the previous action and reward.
 """
@@ -184,7 +187,9 @@ def families() -> dict[type[TensorVectorEnv], list[str]]:
 def gallery() -> str:
     """docs/environments.md."""
     parts = [HEAD, *_overview(), ""]
-    for kind, ids in families().items():
+    hidden = [id for id, spec in gymnasium.registry.items() if _hides(spec)]
+    sections: list[tuple[type[Any], list[str]]] = [*families().items()]
+    for kind, ids in [*sections, (HideCoordinates, hidden)]:
         doc = inspect.cleandoc(kind.__doc__ or "")
         first, _, rest = doc.partition("\n")
         parts += [
@@ -200,6 +205,11 @@ def gallery() -> str:
             "",
         ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _hides(spec: EnvSpec) -> bool:
+    names = [wrapper.name for wrapper in spec.additional_wrappers]
+    return spec.id.startswith("rlrnn/") and HideCoordinates.__name__ in names
 
 
 def _overview() -> Iterator[str]:

@@ -13,7 +13,8 @@ from gymnasium import spaces
 import rlrnn
 from rlrnn.cli import main
 from rlrnn.envs.text import entered, meanings, picture, task_of
-from rlrnn.play import gallery
+from rlrnn.envs.wrappers import HideCoordinates, PreviousActionReward
+from rlrnn.play import families, gallery
 
 ROOT = Path(rlrnn.__path__[0]).parent
 IDS = [id for id in gymnasium.registry if id.startswith("rlrnn/")]
@@ -100,10 +101,24 @@ def test_nobody_plays(capsys: pytest.CaptureFixture[str]) -> None:
     assert first.count("truncated: return") == 1 and "step 70: " in first
     assert main(arguments) == 0 and capsys.readouterr().out == first
     assert main([*arguments, "--seed=1"]) == 0 and capsys.readouterr().out != first
-    for id in ("CartPole-v1", "rlrnn/AcrobotHiddenVelocity-v0"):
-        assert main(["play", id, "--steps=3"]) == 0
+    assert main(["play", "CartPole-v1", "--steps=3"]) == 0
+    assert "angular velocity: " in capsys.readouterr().out
+    assert main(["play", "rlrnn/AcrobotHiddenVelocity-v0", "--steps=9"]) == 0
     out = capsys.readouterr().out
-    assert "angular velocity: " in out and "observation:" in out
+    assert "cos 2: " in out and "(torque +1)" in out and "velocity: " not in out
+
+
+def test_names_of_hidden_coordinates() -> None:
+    """Those that the wrappers leave; numbers alone where there is something else."""
+    env = gymnasium.make("CartPole-v1")
+    two = HideCoordinates(HideCoordinates(env, hide=[1]), keep=[0, 2])
+    obs, _ = two.reset(seed=0)
+    lines = [line.split(":")[0] for line in picture(task_of(two), obs)]
+    assert lines == ["position", "angular velocity"]
+    more = PreviousActionReward(two)
+    assert picture(task_of(more), more.reset(seed=0)[0])[0] == "observation:"
+    plain: Any = gymnasium.make("FrozenLake-v1")
+    assert picture(task_of(plain), 3) == ["observation: 3"]
 
 
 def test_an_agent_plays(
@@ -160,6 +175,17 @@ def test_what_is_typed() -> None:
     ]:
         with pytest.raises(ValueError):
             entered(words, space)
+
+
+@pytest.mark.parametrize("kind", families())
+def test_contracts_are_complete(kind: type) -> None:
+    """In each docstring, or by name of another task that has the same."""
+    doc = " ".join((kind.__doc__ or "").lower().split())
+    for word in "observation", "action", "reward", "start", "end", "truncated":
+        assert word in doc or "the rest is as there" in doc or "those of `" in doc, word
+    for word in "returns", "memory", "chance", "best":
+        assert word in doc, word
+    assert re.search(r"\b(19|20)\d\d\b|see `repeatprevious`", doc), "the source"
 
 
 def test_the_gallery_is_up_to_date() -> None:
