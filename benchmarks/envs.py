@@ -29,6 +29,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 import rlrnn  # noqa: F401  registers the ids
+from rlrnn.device import resolve_device
 
 PEERS: tuple[tuple[type[VectorEnv[Any, Any, Any]], int], ...] = (
     (SyncVectorEnv, 64),
@@ -140,6 +141,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.1, help="of one measurement")
     options = parser.parse_args()
+    ids = task_ids(options.ids)
+    if not ids:
+        parser.error(f"--ids {' '.join(options.ids)}: no task has that in its id")
+    try:
+        options.device = str(resolve_device(options.device))
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(1)
     device = options.device
     if device != "cpu":
@@ -152,7 +160,7 @@ def main() -> None:
     print("| task | in step | spread | POPGym | ratio | ratio, spread |")
     print("|---|---|---|---|---|---|")
     ratios = []
-    for id in task_ids(options.ids):
+    for id in ids:
         together, apart, peer = measure(id, options)
         cells = [f"{together:,.0f}", f"{apart:,.0f}", "-", "-", "-"]
         if peer is not None:

@@ -650,8 +650,8 @@ def test_errors_of_hidden_classics(id: str) -> None:
         env.step(env.action_space.sample())
     env.reset()
     env.step(env.action_space.sample())
-    remade = gymnasium.make(env.spec)  # type: ignore[arg-type]
-    assert str(remade) == str(env)
+    assert env.spec is not None
+    assert str(gymnasium.make(env.spec)) == str(env)
 
 
 def test_hide_coordinates() -> None:
