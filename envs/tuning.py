@@ -111,6 +111,10 @@ class TuningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.int64]]):
     ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         if self.task is None:
             raise RuntimeError("step before the first reset: call reset()")
+        if not self.action_space.contains(np.asarray(action)):
+            raise ValueError(
+                f"action is {action!r}, expected a member of {self.action_space}"
+            )
         knobs = self.choose(action)
         return self.settle(knobs, self.trainer.step(knobs))
 

@@ -53,12 +53,12 @@ class HideCoordinates(
     | Acrobot                      | cos, sin of two angles: ±1   | Discrete 3 | 500   |
     | LunarLander                  | x, y, angle, legs: see there | Discrete 4 | 1000  |
 
-    | task                         | best        | memoryless | chance       |
-    |------------------------------|-------------|------------|--------------|
-    | Pendulum                     | -140        | -1050      | -1227        |
-    | MountainCarContinuous        | > 92        | not known  | -33          |
-    | Acrobot                      | not known   | not known  | -500         |
-    | LunarLander                  | not known   | not known  | not measured |
+    | task                         | best      | memoryless | chance |
+    |------------------------------|-----------|------------|--------|
+    | Pendulum                     | -140      | -1050      | -1227  |
+    | MountainCarContinuous        | > 92      | not known  | -33    |
+    | Acrobot                      | not known | not known  | -500   |
+    | LunarLander                  | not known | not known  | -182   |
 
     - Reward: Pendulum's is minus the cost that `PositionOnlyPendulum` describes, whose
       easy level is the same task: its figures are those here. MountainCarContinuous has
@@ -67,7 +67,7 @@ class HideCoordinates(
     - Start: Pendulum's angle in ±π, speed in ±1; the car in -0.6 ... -0.4, at rest;
       Acrobot's angles and speeds in ±0.1; the lander at the top, pushed at random.
     - End: truncated after that many steps; terminated at the goal, at the height, and
-      when the lander has crashed, flown off or come to rest. Pendulum: never terminated.
+      when the lander has crashed, flown off or come to rest; Pendulum never is.
     - Sources: gymnasium (Towers et al. 2024); the car, Moore ("Efficient Memory-based
       Learning for Robot Control", 1990); Acrobot, Sutton ("Generalization in
       Reinforcement Learning", NIPS 1996).

@@ -1,5 +1,6 @@
 """The environments: both faces, the same randomness, and what the tasks promise."""
 
+import importlib.util
 import math
 import re
 import subprocess
@@ -46,6 +47,8 @@ HIDDEN_IDS = [
     "rlrnn/MountainCarContinuousHiddenVelocity-v0",
     "rlrnn/AcrobotHiddenVelocity-v0",
 ]
+if all(map(importlib.util.find_spec, ("Box2D", "pygame"))):  # gymnasium[box2d]
+    HIDDEN_IDS.append("rlrnn/LunarLanderHiddenVelocity-v0")
 Policy = Callable[[Tensor], Tensor]
 
 

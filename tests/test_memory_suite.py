@@ -59,9 +59,11 @@ def test_the_suite_is_resumed(
     assert "4 runs, 3 of them done before" in out
     assert Pool.due == [memory_suite.Job(ID, "gru", 2, 1000)]
     # of another length, and of another cell: not the same runs
-    assert "1 runs, 0 of them" in go("--cells", "gru", "--seeds", "1", "--steps", "500")
-    assert "1 runs, 0 of them" in go("--cells", "lstm", "--seeds", "1")
-    assert not list(tmp_path.glob("*.part")) and (tmp_path / "memory_suite.png").exists()
+    one = "--seeds", "1"
+    assert "1 runs, 0 of them" in go("--cells", "gru", *one, "--steps", "500")
+    assert "1 runs, 0 of them" in go("--cells", "lstm", *one)
+    assert (tmp_path / "memory_suite.png").exists()
+    assert not list(tmp_path.glob("*.part"))
     with pytest.raises(SystemExit):
         go("--ids", "Nothing")
 

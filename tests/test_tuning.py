@@ -145,6 +145,14 @@ def test_gymnasium_and_stable_baselines_accept_it(tasks: Task | Tasks) -> None:
     env_checker.check_env(TuningEnv(tasks), skip_render_check=True)
 
 
+def test_wrong_actions() -> None:
+    env = TuningEnv(TASK)
+    env.reset(seed=0)
+    for action in ([7, 0], [-1, 0], [3]):
+        with pytest.raises(ValueError, match="action is .*, expected a member of"):
+            env.step(np.array(action))
+
+
 @pytest.mark.parametrize("task", [TASK, SGD_TASK])
 @pytest.mark.parametrize("moves", [NO_OP, (4, 2), (6, 0)])
 def test_rewards_add_up_to_the_fall_of_the_log_loss(
