@@ -24,7 +24,7 @@ from rlrnn.envs.labyrinth import LabyrinthExplore, _Labyrinth
 from rlrnn.envs.pendulum import PositionOnlyPendulum
 from rlrnn.envs.recall import Autoencode, CountRecall, RepeatFirst, RepeatPrevious
 from rlrnn.envs.tensor import SingleEnv
-from rlrnn.envs.wrappers import COORDINATES, HideCoordinates
+from rlrnn.envs.wrappers import COORDINATES, coordinates
 
 NAMES: dict[int, Sequence[str]] = {  # of cards, by how many kinds there are
     2: ("red", "black"),
@@ -48,18 +48,7 @@ def task_of(env: gymnasium.Env[Any, Any]) -> Any:
     inner = env.unwrapped
     if isinstance(inner, SingleEnv):
         return inner.vector
-    kind = type(inner).__name__
-    return Other(kind, _shown(env, COORDINATES.get(kind, ())))
-
-
-def _shown(env: gymnasium.Env[Any, Any], names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the coordinates that the wrappers leave."""
-    if not isinstance(env, gymnasium.Wrapper):
-        return names
-    names = _shown(env.env, names)
-    if isinstance(env, HideCoordinates) and names:
-        return tuple(names[i] for i in env.shown)
-    return names
+    return Other(type(inner).__name__, coordinates(env))
 
 
 # ------------------------------------------------------------------------ observations

@@ -87,7 +87,7 @@ class HideCoordinates(
         given = keep if keep is not None else hide
         if given is None or (keep is not None and hide is not None):
             raise ValueError(f"keep={keep}, hide={hide}: give one of the two")
-        named = [_index(env, x) if isinstance(x, str) else x for x in given]
+        named = [_index(env, x, size) if isinstance(x, str) else x for x in given]
         wrong = [index for index in named if not 0 <= index < size]
         if wrong:
             raise ValueError(
@@ -344,15 +344,24 @@ def _flat_box(env: gymnasium.Env[Any, Any]) -> Box:
     return space
 
 
-def _index(env: gymnasium.Env[Any, Any], name: str) -> int:
-    """Where the coordinate of that name is."""
-    kind = type(env.unwrapped).__name__
-    if kind not in COORDINATES:
+def coordinates(env: gymnasium.Env[Any, Any]) -> tuple[str, ...]:
+    """The names of what is not hidden, those in `COORDINATES`; else none."""
+    if not isinstance(env, gymnasium.Wrapper):
+        return COORDINATES.get(type(env).__name__, ())
+    names = coordinates(env.env)
+    if isinstance(env, HideCoordinates) and names:
+        return tuple(names[i] for i in env.shown)
+    return names
+
+
+def _index(env: gymnasium.Env[Any, Any], name: str, size: int) -> int:
+    """Where the coordinate of that name is, of `size` ones."""
+    kind, names = type(env.unwrapped).__name__, coordinates(env)
+    if len(names) != size:  # unknown, or a wrapper has put others in their place
         raise ValueError(
             f"the coordinates of {kind} have no names here, {name!r} neither: give "
             f"indices; names are known for {', '.join(COORDINATES)}"
         )
-    names = COORDINATES[kind]
     if name not in names:
         close = difflib.get_close_matches(name, names, 1, 0.5)
         raise ValueError(

@@ -92,6 +92,13 @@ def test_coordinates_by_name() -> None:
     env = gymnasium.make("CartPole-v1")
     positions = HideCoordinates(env, keep=["position", 2])
     assert np.array_equal(positions.reset(seed=0)[0], env.reset(seed=0)[0][[0, 2]])
+    # of those that are left, where some are hidden already
+    fewer = HideCoordinates(HideCoordinates(env, hide=["velocity"]), hide=["angle"])
+    assert np.array_equal(fewer.reset(seed=0)[0], env.reset(seed=0)[0][[0, 3]])
+    with pytest.raises(ValueError, match="CartPoleEnv has position, angular velocity"):
+        HideCoordinates(fewer, hide=["angle"])
+    with pytest.raises(ValueError, match="of CartPoleEnv have no names here"):
+        HideCoordinates(PreviousActionReward(env), hide=["angle"])
     for given, message in [
         ("velocty", "no coordinate 'velocty': CartPoleEnv has position, velocity, "),
         ("velocty", "did you mean velocity?"),
