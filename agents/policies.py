@@ -42,6 +42,7 @@ from rlrnn.agents.distributions import (
 )
 from rlrnn.agents.observations import Batch, Sequences, columns, infinite, on_each
 from rlrnn.moments import RunningMoments
+from rlrnn.optimizers import light
 from rlrnn.recurrent import Cell, Recurrent, together
 
 SYMBOLS = 1024  # of an observation that is one number, up to which there is a table
@@ -243,7 +244,7 @@ class RecurrentPolicy(BasePolicy):
                 kwargs["eps"] = 1e-5
             if not {"foreach", "differentiable"} & kwargs.keys():
                 kwargs.setdefault("fused", True)
-        make: Callable[..., torch.optim.Optimizer] = optimizer_class
+        make = light(optimizer_class)
         self.optimizer = make(self.parameters(), lr=lr_schedule(1), **kwargs)
 
     def _check_observations(self) -> None:

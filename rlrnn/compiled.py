@@ -10,6 +10,7 @@ them. Here a whole network, recurrent layers and then dense ones, goes through
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -251,11 +252,8 @@ class Networks(torch.autograd.Function):
         weights = _deal(shapes, arrays[2 * count :])
         available = threads()
         each = max(available // count, 1)
-
-        def there(n: int) -> tuple[Array, Array, Tape]:
-            x, state = arrays[n], arrays[count + n]
-            return forward(shapes[n], weights[n], x, state, begins, each)
-
+        xs, states = arrays[:count], arrays[count : 2 * count]
+        there = partial(_there, shapes, weights, xs, states, begins, each)
         results = in_parallel(there, count, available)
         ctx.shapes, ctx.starts, ctx.threads = shapes, begins, available
         ctx.tapes, ctx.weights = [tape for _, _, tape in results], weights
@@ -265,11 +263,11 @@ class Networks(torch.autograd.Function):
             for shape, (_, _, tape) in zip(shapes, results, strict=True)
         ]
         outputs = [torch.from_numpy(out) for out, _, _ in results]
-        states = [torch.from_numpy(after) for _, after, _ in results]
+        afters = [torch.from_numpy(after) for _, after, _ in results]
         if any(not shape.squashes for shape in shapes):
             latents = [latent.clone() for latent in latents]
         ctx.mark_non_differentiable(*latents)
-        return (*outputs, *states, *latents)
+        return (*outputs, *afters, *latents)
 
     @staticmethod
     @once_differentiable
@@ -279,17 +277,39 @@ class Networks(torch.autograd.Function):
         needs = ctx.needs_input_grad[2 : 2 + count]
         arrays = [g.contiguous().numpy() for g in grads[: 2 * count]]
         each = max(ctx.threads // count, 1)
-
-        def back(n: int) -> tuple[Array | None, Array, list[Array]]:
-            d_out, d_after = arrays[n], arrays[count + n]
-            given = shapes[n], ctx.weights[n], ctx.tapes[n], ctx.starts
-            return backward(*given, d_out, d_after, needs[n], each)
-
+        gradients = list(zip(arrays[:count], arrays[count:], needs, strict=True))
+        taped = list(zip(shapes, ctx.weights, ctx.tapes, strict=True))
+        back = partial(_back, taped, ctx.starts, gradients, each)
         results = in_parallel(back, count, ctx.threads)
         d_xs = [None if d is None else torch.from_numpy(d) for d, _, _ in results]
         d_states = [torch.from_numpy(d) for _, d, _ in results]
         d_weights = [torch.from_numpy(g) for _, _, gs in results for g in gs]
         return None, None, *d_xs, *d_states, *d_weights
+
+
+# Not inside `Networks`: what is defined in each call is checked anew by each, in tests.
+
+
+def _there(
+    shapes: tuple[Shape, ...],
+    weights: list[list[Array]],
+    xs: list[Array],
+    states: list[Array],
+    starts: Array,
+    threads: int,
+    n: int,
+) -> tuple[Array, Array, Tape]:
+    return forward(shapes[n], weights[n], xs[n], states[n], starts, threads)
+
+
+def _back(
+    taped: list[tuple[Shape, list[Array], Tape]],
+    starts: Array,
+    gradients: list[tuple[Array, Array, bool]],
+    threads: int,
+    n: int,
+) -> tuple[Array | None, Array, list[Array]]:
+    return backward(*taped[n], starts, *gradients[n], threads)
 
 
 def _deal(shapes: tuple[Shape, ...], arrays: list[Array]) -> list[list[Array]]:

@@ -25,6 +25,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -166,6 +167,12 @@ class Graphs:
         )
 
 
+def _outputs(
+    function: Callable[..., Any], buffers: list[Any], tree: Any
+) -> tuple[list[Tensor], Any]:
+    return _tensors(function(*tree_unflatten(buffers, tree)))
+
+
 class _Entry:
     """A function with one form of inputs, from its second call on."""
 
@@ -191,10 +198,7 @@ class _Entry:
             self.buffers = [_buffer(leaf, self.owner.device) for leaf in leaves]
         buffers = self.buffers
         _fill(buffers, leaves)
-
-        def run() -> tuple[list[Tensor], Any]:
-            return _tensors(function(*tree_unflatten(buffers, tree)))
-
+        run = partial(_outputs, function, buffers, tree)
         if self.graph is None or self.places != self._places():
             with self.owner.aside():
                 outputs, form = run()

@@ -537,20 +537,54 @@ def backward(
     _share(_BACKWARD[cell], len(gates), gates.shape[2], threads, arrays)
 
 
+DEPTH = 512  # rows of a product's long side that stay in the cache together
+
+
+@_jit
+@no_type_check
+def _quads(a, n, at, depth, begin, end, x):
+    """Four columns of a[n, at : at + depth, begin:end] side by side in x [Q, K, 4]:
+    read across, a column is a cache line per number."""
+    for first in range(0, depth, 16):  # rows whose lines stay while columns pass
+        last = min(depth, first + 16)
+        for q in range(len(x)):
+            j = begin + 4 * q
+            for k in range(first, last):
+                row = a[n, at + k]
+                if j + 4 <= end:
+                    for c in range(4):
+                        x[q, k, c] = row[j + c]
+                else:
+                    for c in range(end - j):
+                        x[q, k, c] = row[j + c]
+
+
 @_jit
 @no_type_check
 def _outer(n, begin, end, a, packed, out):
-    steps, rows, size = a.shape[1], a.shape[2], out.shape[2]
+    steps, size = a.shape[1], out.shape[2]
     panels, width = packed.shape[1], packed.shape[3]
-    part = np.empty((end - begin, width), a.dtype)
-    for p in range(panels):
-        at = (n * panels + p) * steps * width
-        x_at = n * steps * rows + begin
-        _columns(part, 0, width, a, x_at, 1, rows, end - begin, packed, at, steps)
-        last = min(width, size - p * width)
-        for i in range(begin, end):
-            for j in range(last):
-                out[n, i, p * width + j] = part[i - begin, j]
+    deepest = min(DEPTH, steps)
+    x = np.empty((-(-(end - begin) // 4), deepest, 4), a.dtype)
+    x[-1] = _ZERO  # where the columns run out
+    part = np.empty((4, width), a.dtype)
+    for k in range(0, steps, DEPTH):
+        depth = min(DEPTH, steps - k)
+        _quads(a, n, k, depth, begin, end, x)
+        for p in range(panels):
+            at = ((n * panels + p) * steps + k) * width
+            last = min(width, size - p * width)
+            for q in range(len(x)):
+                _tile_4(part, 0, width, x, q * deepest * 4, 1, 4, packed, at, depth)
+                i = begin + 4 * q
+                for c in range(min(4, end - i)):
+                    row, sums = out[n, i + c, p * width :], part[c]
+                    if k == 0:
+                        for j in range(last):
+                            row[j] = sums[j]
+                    else:
+                        for j in range(last):
+                            row[j] += sums[j]
 
 
 def outer(a: Array, b: Array, out: Array, threads: int) -> None:

@@ -6,8 +6,10 @@ own step size, of which the learning rate is a factor, usually 1. Both come from
 authors' packages: `pip install 'rlrnn[rivals]'`.
 """
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cache, wraps
 from io import StringIO
 from typing import Any, Literal, get_args
 
@@ -22,6 +24,28 @@ def rate_power(name: Optimizer) -> float:
     return 1.0 if name in ("sgd", "momentum") else 0.5
 
 
+@cache
+def light(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """An optimiser of torch that does without torch's compiler: a subclass with the
+    same steps. Others as they are.
+
+    Its making and its first step import the compiler, to keep out of what that
+    compiles: two seconds and 150 MiB. Nothing here compiles an optimiser.
+    """
+    if not kind.__module__.startswith("torch.optim."):
+        return kind
+    step = inspect.unwrap(kind.step)
+
+    @wraps(step)
+    def light_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(bool(self.defaults.get("differentiable"))):
+            return step(self, *args, **kwargs)
+
+    doors = "zero_grad", "add_param_group", "state_dict", "load_state_dict"
+    own: dict[str, Any] = {door: inspect.unwrap(getattr(kind, door)) for door in doors}
+    return type(kind.__name__, (kind,), own | {"step": light_step})
+
+
 def make_optimizer(
     name: Optimizer, groups: list[dict[str, Any]], weight_decay: float | int
 ) -> torch.optim.Optimizer:
@@ -33,9 +57,11 @@ def make_optimizer(
     # fused: the step count stays on the device, and nothing is read back
     match name:
         case "adam":
-            return torch.optim.Adam(groups, fused=True, weight_decay=weight_decay)
+            kind = light(torch.optim.Adam)
+            return kind(groups, fused=True, weight_decay=weight_decay)
         case "adamw":
-            return torch.optim.AdamW(groups, fused=True, weight_decay=weight_decay)
+            kind = light(torch.optim.AdamW)
+            return kind(groups, fused=True, weight_decay=weight_decay)
         case "schedulefree":
             try:
                 from schedulefree import AdamWScheduleFree
@@ -57,7 +83,7 @@ def make_optimizer(
         case _:
             assert name in get_args(Optimizer), name
             momentum = 0.9 if name == "momentum" else 0.0
-            return torch.optim.SGD(
+            return light(torch.optim.SGD)(
                 groups,
                 lr=1e-3,
                 fused=True,

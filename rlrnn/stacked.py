@@ -13,8 +13,9 @@ optimiser are a few passes over matrices.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -385,20 +386,8 @@ class Stack:
         size = max(1, count // (4 * threads))
         turns = iter(range(0, count, size))
 
-        def job(thread: int) -> None:
-            for begin in turns:  # whoever is free takes the next ones
-                end = min(begin + size, count)
-                kernels_stacked.run(
-                    begin,
-                    end,
-                    lr is not None,
-                    sizes,
-                    data,
-                    learning,
-                    results,
-                    works[thread],
-                )
-
+        given = lr is not None, sizes, data, learning, results
+        job = partial(_take_turns, turns, size, count, given, works)
         compiled.in_parallel(job, threads, threads)
         if not watch:
             figures[2:] = math.nan
@@ -424,19 +413,16 @@ class Stack:
         old = [self.weights, self.first, self.second, self.updates]
         weights, first, second, updates = (self._of(m, chosen) for m in old)
         rules = Rules(*(self._of(rule, chosen) for rule in self.rules))
-
-        def column(values: Tensor) -> Tensor:
-            return values.to(weights.dtype)[:, None]
-
         rate, updates = lr.double(), updates + 1
-        g = grad + column(rules.coupled) * weights
-        m = column(rules.keeps) * first + column(rules.takes) * g
+        g = grad + _column(rules.coupled, weights) * weights
+        m = _column(rules.keeps, weights) * first + _column(rules.takes, weights) * g
         v = BETA_2 * second + (1 - BETA_2) * g * g
         v = torch.where(rules.adaptive[:, None], v, second)
-        root = v.sqrt() / column((1 - BETA_2**updates).sqrt()) + EPSILON
+        root = v.sqrt() / _column((1 - BETA_2**updates).sqrt(), weights) + EPSILON
         root = torch.where(rules.adaptive[:, None], root, 1.0)
         step = torch.where(rules.adaptive, rate / (1 - rules.keeps**updates), rate)
-        w = column(1 - rate * rules.decoupled) * weights - column(step) * m / root
+        kept = _column(1 - rate * rules.decoupled, weights)
+        w = kept * weights - _column(step, weights) * m / root
         for rows, new in zip(old, (w, m, v, updates), strict=True):
             self._put(rows, new, chosen, active)
 
@@ -569,6 +555,19 @@ def _compiled_loss(objective: Objective) -> int | None:
     return names.index(name) if name in names else None
 
 
+def _take_turns(
+    turns: Iterator[int],
+    size: int,
+    count: int,
+    given: tuple[Any, ...],
+    works: list[kernels_stacked.Work],
+    thread: int,
+) -> None:
+    """A thread's part of `Stack._run`: whoever is free takes the next models."""
+    for begin in turns:
+        kernels_stacked.run(begin, min(begin + size, count), *given, works[thread])
+
+
 def _array(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().numpy()
 
@@ -581,6 +580,10 @@ def _halves(windows: Windows) -> list[Windows]:
         windows._replace(x=x[:, at], starts=None if starts is None else starts[:, at])
         for at in (slice(None, half), slice(half, None))
     ]
+
+
+def _column(values: Float[Tensor, "N"], like: Tensor) -> Float[Tensor, "N 1"]:
+    return values.to(like.dtype)[:, None]
 
 
 def _norms(gradients: Float[Tensor, "N S B H"]) -> Float[Tensor, "N"]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from rlrnn.control import Knobs
 from rlrnn.evaluation import mean_loss
 from rlrnn.ledger import FORWARD_COST, TrainingConfig
 from rlrnn.models import ModelConfig
-from rlrnn.optimizers import Optimizer, evaluation_weights, make_optimizer, rate_power
+from rlrnn.optimizers import (
+    Optimizer,
+    evaluation_weights,
+    light,
+    make_optimizer,
+    rate_power,
+)
 from rlrnn.tasks import DataConfig, Task, build_trainer
 from rlrnn.training import Trainer
 
@@ -200,3 +207,54 @@ def test_the_decay_probe_sees_the_decay_of_a_linear_recurrence() -> None:
     t.hidden = torch.full_like(t.hidden, 1e-3)
     _, watched = t._watched_gradient(t.problem.train.window(16, 16))
     assert float(watched["grad_decay"]) == pytest.approx(-math.log(w), rel=1e-3)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop]
+)
+def test_a_light_optimiser_is_torchs_own(
+    kind: type[torch.optim.Optimizer], fused: bool
+) -> None:
+    if kind is torch.optim.RMSprop and fused:
+        pytest.skip("torch has no fused one")
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.01}
+    options |= {"fused": True} if fused else {}
+
+    def train(make: Any, again: Any) -> tuple[Tensor, dict[str, Any]]:
+        weight = nn.Parameter(torch.arange(6.0))
+        optimizer = make([weight], **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight - 2).square().sum().backward()
+            optimizer.step()
+        other = again([weight], **options)  # which goes on from the first one's state
+        other.load_state_dict(optimizer.state_dict())
+        other.step()
+        return weight.detach(), other.state_dict()
+
+    (a, state), (b, other), (c, third) = (
+        train(kind, kind),
+        train(light(kind), light(kind)),
+        train(light(kind), kind),
+    )
+    assert torch.equal(a, b) and torch.equal(a, c)
+    assert state["param_groups"] == other["param_groups"] == third["param_groups"]
+    assert isinstance(light(kind)([nn.Parameter(a)], lr=1.0), kind)
+    assert light(kind) is light(kind)
+
+
+def test_a_light_optimiser_of_others_is_their_own() -> None:
+    assert light(Prodigy) is Prodigy
+
+
+def test_nothing_here_imports_torchs_compiler() -> None:
+    program = """
+import sys
+from rlrnn.agents import RecurrentPPO
+agent = RecurrentPPO("MlpLstmPolicy", "CartPole-v1", n_steps=32, device="cpu")
+agent.learn(64)
+agent.policy.optimizer.state_dict()
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
