@@ -41,7 +41,7 @@ from rlrnn.agents.distributions import (
     distribution_for,
 )
 from rlrnn.agents.observations import Batch, Sequences, columns, infinite, on_each
-from rlrnn.moments import RunningMoments
+from rlrnn.moments import PopArt, RunningMoments
 from rlrnn.optimizers import light
 from rlrnn.recurrent import Cell, Recurrent, together
 
@@ -74,6 +74,9 @@ class RecurrentPolicy(BasePolicy):
     - `norm_obs`: the networks see observations minus their mean, in standard
       deviations, of all that was learned from so far. Both are part of the policy,
       which takes observations as they come.
+    - `norm_value`: the critic's head says how many standard deviations from the mean of
+      the returns a value is, both part of the policy (see `PopArt`). Values are in the
+      units of the rewards everywhere else.
     - `initial_logits`: what the action head says before any training, whatever it sees:
       its bias is set to them (means, for a `Box`) and its weights to zero.
     - `seed`: of the initial weights, and of the actions that `predict` draws.
@@ -108,6 +111,7 @@ class RecurrentPolicy(BasePolicy):
         cell: Cell | Literal["none"] = "lstm",
         critic_keys: Sequence[str] = (),
         norm_obs: bool = False,
+        norm_value: bool = False,
         initial_logits: list[float] | None = None,
         seed: int = 0,
     ) -> None:
@@ -235,6 +239,7 @@ class RecurrentPolicy(BasePolicy):
                     "expected a Box of numbers; leave norm_obs out"
                 )
             self.seen = RunningMoments(int(self.features_extractor.features_dim))
+        self.popart = PopArt() if norm_value else None
         self._actor_rows = len(self.actor.initial_state(1))
         self.generator = seeding.generator(seed, "predict")
         self._noise: Tensor | None = None  # [n, L, D] that `predict` explores with
@@ -364,7 +369,12 @@ class RecurrentPolicy(BasePolicy):
                 [self.actor], [actor_head], [seen], [mine], starts
             )
             values = critic_head(self._memoryless(known, latent))
-        return self._params(outputs), values.squeeze(-1), torch.cat((mine, its))
+        return self._params(outputs), self._valued(values), torch.cat((mine, its))
+
+    def _valued(self, outputs: Float[Tensor, "*T B 1"]) -> Float[Tensor, "*T B"]:
+        """What the critic's head says, as values in the units of the rewards."""
+        values = outputs.squeeze(-1)
+        return values if self.popart is None else self.popart.unscale(values)
 
     def _through(
         self,
@@ -397,6 +407,11 @@ class RecurrentPolicy(BasePolicy):
         if self.seen is not None:
             assert isinstance(obs, Tensor)
             self.seen.update(obs.flatten(2).flatten(0, 1))
+
+    def adapt(self, returns: Float[Tensor, "T B"]) -> None:
+        """Count them for `norm_value`; values stay what they are."""
+        if self.popart is not None:
+            self.popart.move(returns, self.value_net)
 
     def threads(self) -> AbstractContextManager[None]:
         """Around an update: who has the threads of a CPU."""
@@ -483,7 +498,7 @@ class RecurrentPolicy(BasePolicy):
             else:
                 states = state.expand(len(features), *state.shape)
                 latents = self._memoryless(known, latents)
-            return self._heads[1](latents).squeeze(-1), states
+            return self._valued(self._heads[1](latents)), states
 
     def value(
         self,

@@ -72,7 +72,9 @@ class RecurrentPPO(OnPolicyAlgorithm):
     What is learned is `reward_scale` times the reward, best such that values are of the
     order of 1; `norm_reward` finds such a scale: rewards in standard deviations of the
     discounted sum of rewards so far (as `VecNormalize` has it, but on the device). The
-    episode statistics are of the rewards as they come.
+    episode statistics are of the rewards as they come. The policy's `norm_value` is the
+    other way: values of any size, with the value loss (`train/value_loss`) and
+    `clip_range_vf` in standard deviations of the returns.
 
     Segments begin in the states of the policy that played. These become stale as it
     learns (Kapturowski et al. 2019, "Recurrent experience replay in distributed
@@ -440,16 +442,19 @@ class RecurrentPPO(OnPolicyAlgorithm):
             going_on = starts.new_zeros(columns(last))  # [n·B]
             worth = policy.value(last, state.transpose(0, 1).flatten(1, 2), going_on)
             finals_[when] = worth.reshape(len(when), -1)
+        dones_ = earned.terminated | earned.truncated
+        rewards_ = self._scaled(earned.rewards, dones_)
+        if policy.popart is not None and not self._n_updates:
+            none = torch.zeros_like(values_)  # only what was earned
+            first = returns.gae(rewards_, none, none, dones_, self.gamma, 1.0)
+            values_, last_values, finals_ = policy.popart.begin(
+                first, values_, last_values, finals_
+            )
         following = returns.next_values(
             values_, last_values, earned.terminated, earned.truncated, finals_
         )
         advantages = returns.gae(
-            self._scaled(earned.rewards, earned.terminated | earned.truncated),
-            values_,
-            following,
-            earned.terminated | earned.truncated,
-            self.gamma,
-            self.gae_lambda,
+            rewards_, values_, following, dones_, self.gamma, self.gae_lambda
         )
         critic_cuts = [its, *its_[length - 1 : -1 : length]]
         states = [torch.cat(pair) for pair in zip(cuts, critic_cuts, strict=True)]
@@ -545,6 +550,7 @@ class RecurrentPPO(OnPolicyAlgorithm):
     def train(self) -> None:
         """Some epochs of clipped policy gradient over what was played last."""
         began = time.perf_counter()
+        self.policy.adapt(self.rollout_buffer.returns)
         self._train()
         self.policy.take_in(self.rollout_buffer.obs)
         seconds = time.perf_counter() - began
@@ -657,9 +663,12 @@ class RecurrentPPO(OnPolicyAlgorithm):
             deviation, mean = torch.std_mean(advantages)
             advantages = (advantages - mean) / (deviation + 1e-8)
         policy_loss = losses.clipped_surrogate(log_ratio, advantages, clip_range)
-        value_loss = losses.value_loss(
-            values, batch.returns, batch.values, clip_range_vf
-        )
+        targets, old_values = batch.returns, batch.values
+        if policy.popart is not None:
+            values, targets, old_values = map(
+                policy.popart.scale, (values, targets, old_values)
+            )
+        value_loss = losses.value_loss(values, targets, old_values, clip_range_vf)
         with torch.set_grad_enabled(self.ent_coef != 0):
             entropy_loss = -distribution.entropy(params).mean()
         loss = policy_loss + self.ent_coef * entropy_loss + self.vf_coef * value_loss

@@ -85,6 +85,8 @@ class AgentConfig:
         reward_scale: what the agent's rewards are multiplied by; returns are reported
             without it.
         normalize: observations and rewards, by what has been seen so far.
+        norm_value: the critic learns returns in standard deviations from their running
+            mean (PopArt), for rewards of any size.
         use_sde: exploration that depends on the state, for continuous actions.
         sde_sample_freq: steps after which its noise is drawn anew; -1 once per rollout.
         recompute_states: in which segments of a rollout begin, anew in each epoch; for
@@ -111,6 +113,7 @@ class AgentConfig:
     target_kl: float | None = None
     reward_scale: float = 1.0
     normalize: bool = False
+    norm_value: bool = False
     use_sde: bool = False
     sde_sample_freq: int = -1
     recompute_states: bool = False

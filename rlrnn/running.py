@@ -176,6 +176,7 @@ def policy_kwargs(config: AgentConfig) -> dict[str, Any]:
         "enable_critic_lstm": not config.shared,
         "net_arch": config.net_arch,
         "norm_obs": config.normalize,
+        "norm_value": config.norm_value,
     }
 
 

@@ -654,8 +654,9 @@ def test_a_numpy_vector_environment_is_an_error() -> None:
 # --- no waiting for the device --------------------------------------------------------
 
 
+@pytest.mark.parametrize("norm_value", [False, True])
 def test_collection_and_update_look_at_the_device_once_each(
-    monkeypatch: pytest.MonkeyPatch,
+    norm_value: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # what an accelerator would run
     for module in ("recurrent", "agents.acting"):
@@ -666,8 +667,9 @@ def test_collection_and_update_look_at_the_device_once_each(
     )
     env = tensor_env(max_episode_steps=7)
     env._may_read = False
-    model = agent(env)
+    model = agent(env, policy_kwargs={**SMALL, "norm_value": norm_value})
     model.learn(64)  # everything lazy has happened
+    model._n_updates = 0  # so that what the first rollout does is among it
     _, callback = model._setup_learn(64)
     syncs = Syncs()
     methods = "item cpu numpy tolist __bool__ __float__ __int__ __index__".split()

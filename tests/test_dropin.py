@@ -897,6 +897,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer_class": torch.optim.SGD},
     {"optimizer_class": torch.optim.RMSprop},
     {"optimizer_kwargs": {"foreach": True}},
+    {"norm_value": True},
 ]
 
 

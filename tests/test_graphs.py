@@ -456,6 +456,7 @@ AGENTS: dict[str, dict[str, Any]] = {
         "clip_range": lambda left: 0.1 + left / 10,
     },
     "box": {"id": "rlrnn/PositionOnlyPendulumEasy-v0", "norm_reward": True},
+    "values": {"policy_kwargs": LAYERS | {"norm_value": True}, "clip_range_vf": 0.2},
     "states": {"recompute_states": True, "batch_size": 8, "bptt_truncation": 4},
 }
 
