@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
+from gymnasium.vector import VectorWrapper
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
@@ -104,6 +105,8 @@ class Player:
 
 def _is_function(env: object) -> bool:
     """Whether `stepped` is what `step` does: not of a class, or a wrapper, that has
-    another `step`."""
+    another `step`, nor of what is inside such a wrapper."""
     first = next(c for c in type(env).__mro__ if "step" in vars(c))
+    if isinstance(env, VectorWrapper) and not _is_function(env.env):
+        return False
     return "stepped" in vars(first)

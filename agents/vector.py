@@ -15,7 +15,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import VectorEnv, VectorWrapper
 from jaxtyping import Bool, Float, Int, Shaped
 from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.typing import NDArray
@@ -130,7 +130,10 @@ class TensorVecEnv(VecEnv):
     def set_attr(
         self, attr_name: str, value: Any, indices: VecEnvIndices = None
     ) -> None:
-        setattr(self.env, attr_name, value)
+        owner = self.env
+        while isinstance(owner, VectorWrapper) and attr_name not in vars(owner):
+            owner = owner.env
+        setattr(owner, attr_name, value)
 
     def env_method(
         self,

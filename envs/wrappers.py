@@ -14,7 +14,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.error import ResetNeeded
-from gymnasium.spaces import Box, flatten, flatten_space
+from gymnasium.spaces import Box, Space, flatten, flatten_space
 from gymnasium.utils import RecordConstructorArgs
 from numpy.typing import NDArray
 
@@ -233,7 +233,8 @@ class PreviousActionReward(
     reinforcement learn", 2016; Duan et al., "RL²", 2016). The result is one float32
     vector: observation and action as gymnasium's `flatten` has them, a `Discrete` as
     one-hot, then the reward. At the start of an episode action and reward are zeros.
-    Leave one out by `action=False` or `reward=False`.
+    Leave one out by `action=False` or `reward=False`. For environments in tensors:
+    `rlrnn.envs.tensor_wrappers`.
     """
 
     def __init__(
@@ -246,26 +247,10 @@ class PreviousActionReward(
         RecordConstructorArgs.__init__(self, action=action, reward=reward)
         super().__init__(env)
         self._parts = env.observation_space, env.action_space
-        seen, done = (flatten_space(part) for part in self._parts)
-        if not (isinstance(seen, Box) and isinstance(done, Box)):
-            raise ValueError(
-                f"observation and action are {self._parts[0]} and {self._parts[1]}, "
-                "expected spaces that gymnasium can flatten to a Box"
-            )
-        low: list[Any] = [seen.low]
-        high: list[Any] = [seen.high]
-        self._no_action = np.zeros(done.shape, np.float32)
         self._action, self._reward = action, reward
-        if action:  # zeros at the start, whatever the bounds
-            low.append(np.minimum(done.low, 0))
-            high.append(np.maximum(done.high, 0))
-        if reward:
-            low.append([-np.inf])
-            high.append([np.inf])
-        self.observation_space = Box(
-            np.concatenate(low).astype(np.float32),
-            np.concatenate(high).astype(np.float32),
-            dtype=np.float32,
+        self.observation_space = with_previous(*self._parts, action, reward)
+        self._no_action = np.zeros(
+            flatten_space(env.action_space).shape or (), np.float32
         )
 
     def reset(
@@ -285,6 +270,31 @@ class PreviousActionReward(
         parts += [action] if self._action else []
         parts += [[reward]] if self._reward else []
         return np.concatenate(parts).astype(np.float32)
+
+
+def with_previous(
+    observation: Space[Any], action: Space[Any], has_action: bool, has_reward: bool
+) -> Box:
+    """The space of observation, previous action and previous reward, end to end."""
+    seen, done = flatten_space(observation), flatten_space(action)
+    if not (isinstance(seen, Box) and isinstance(done, Box)):
+        raise ValueError(
+            f"observation and action are {observation} and {action}, expected spaces "
+            "that gymnasium can flatten to a Box"
+        )
+    low: list[Any] = [seen.low]
+    high: list[Any] = [seen.high]
+    if has_action:  # zeros at the start, whatever the bounds
+        low.append(np.minimum(done.low, 0))
+        high.append(np.maximum(done.high, 0))
+    if has_reward:
+        low.append([-np.inf])
+        high.append([np.inf])
+    return Box(
+        np.concatenate(low).astype(np.float32),
+        np.concatenate(high).astype(np.float32),
+        dtype=np.float32,
+    )
 
 
 class Checked(gymnasium.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):

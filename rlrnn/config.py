@@ -161,6 +161,7 @@ class TrainConfig:
         device: auto (the GPU if there is one), cpu or cuda.
         threads: of torch on the CPU; small networks are fastest with one.
         checkpoint_every: updates between two checkpoints.
+        previous: observations hold the previous action and reward, too.
         run: the run folder and its tracking.
     """
 
@@ -174,6 +175,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int = 1
     checkpoint_every: int = 10
+    previous: bool = False
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

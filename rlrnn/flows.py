@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm.auto import tqdm
 
@@ -40,6 +42,8 @@ from rlrnn.control import FEATURES, Controller, Knobs, Signals, State, prior
 from rlrnn.costs import in_tokens, tokens_per_second
 from rlrnn.data.chunks import Problem
 from rlrnn.device import resolve_device
+from rlrnn.envs.tensor_wrappers import TensorPreviousActionReward
+from rlrnn.envs.wrappers import PreviousActionReward
 from rlrnn.evaluation import inference_speed, score, tally
 from rlrnn.explain import left_to_prior
 from rlrnn.finished import load_model, same, save_model
@@ -72,8 +76,17 @@ Config = TypeVar("Config", TrainConfig, FitConfig, TuneConfig)
 # --- train: an agent on an environment ------------------------------------------------
 
 
-def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> VecEnv:
-    """`copies` of an environment as SB3 takes them: tensor-native ones on `device`."""
+def make_envs(
+    env: str,
+    copies: int,
+    device: str,
+    seed: int | None = None,
+    previous: bool = False,
+) -> VecEnv:
+    """`copies` of an environment as SB3 takes them: tensor-native ones on `device`.
+
+    With `previous` observations hold the previous action and reward.
+    """
     spec = _spec(env)
     try:
         if spec.vector_entry_point is not None and env.startswith("rlrnn/"):
@@ -83,10 +96,23 @@ def make_envs(env: str, copies: int, device: str, seed: int | None = None) -> Ve
                 vectorization_mode="vector_entry_point",
                 device=resolve_device(device),
             )
-            return TensorVecEnv(vector)
-        return make_vec_env(env, copies, seed=seed)
+            return TensorVecEnv(_remembering(vector) if previous else vector)
+        wrapper = _remembering if previous else None
+        return make_vec_env(env, copies, seed=seed, wrapper_class=wrapper)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(f"cannot make {env!r}: {_told(error)}") from None
+
+
+def _remembering(env: Any) -> Any:
+    """`env`, whose observations hold the previous action and reward."""
+    vector = isinstance(env, VectorEnv)
+    space = env.single_observation_space if vector else env.observation_space
+    if is_image_space(space):
+        raise ValueError(
+            f"previous is true and the observations are images, {space}: expected "
+            "other ones; leave it out"
+        )
+    return TensorPreviousActionReward(env) if vector else PreviousActionReward(env)
 
 
 def make_env(env: str) -> gymnasium.Env[Any, Any]:
@@ -122,8 +148,10 @@ def train(
     """
     with threads(config.threads), stoppable() as stopped:
         if config.eval_videos:
-            _stage(config.env).close()  # an error now, not after the training
-        env = make_envs(config.env, config.envs, config.device, config.seed)
+            _stage(config).close()  # an error now, not after the training
+        env = make_envs(
+            config.env, config.envs, config.device, config.seed, config.previous
+        )
         try:
             agent = make_agent(config.agent, env, config.seed, config.device)
             return _train(config, agent, resume, progress, stopped)
@@ -172,7 +200,8 @@ def _evaluate_agent(agent: RecurrentPPO, config: TrainConfig) -> Summary:
     """Returns of the likeliest actions, over episodes that training never saw."""
     episodes = config.eval_episodes
     seed = seeding.derive(config.seed, "evaluation") >> 32
-    env = make_envs(config.env, min(episodes, 20), config.device, seed)
+    copies = min(episodes, 20)
+    env = make_envs(config.env, copies, config.device, seed, config.previous)
     env.seed(seed)
     returns, lengths = evaluate_policy(
         agent,
@@ -193,18 +222,20 @@ def _evaluate_agent(agent: RecurrentPPO, config: TrainConfig) -> Summary:
     }
 
 
-def _stage(env: str) -> VecEnv:
-    """One copy of an environment, in which a picture can be taken."""
+def _stage(config: TrainConfig) -> VecEnv:
+    """One copy of the environment, in which a picture can be taken."""
+    wrapper = _remembering if config.previous else None
+    pictures = {"render_mode": "rgb_array"}
     try:
-        stage = make_vec_env(env, 1, env_kwargs={"render_mode": "rgb_array"})
+        stage = make_vec_env(config.env, 1, env_kwargs=pictures, wrapper_class=wrapper)
         stage.reset()
         picture, reason = stage.render(), "it gave no picture"
     except (gymnasium.error.Error, ImportError, TypeError) as error:
         picture, reason = None, _told(error)
     if picture is None:
         raise ValueError(
-            f"{env!r} cannot be filmed ({reason}): expected render_mode rgb_array; "
-            "leave eval_videos at 0"
+            f"{config.env!r} cannot be filmed ({reason}): expected render_mode "
+            "rgb_array; leave eval_videos at 0"
         )
     return stage
 
@@ -214,7 +245,7 @@ def _film(agent: RecurrentPPO, config: TrainConfig, run: Run) -> None:
     if not config.eval_videos:
         return
     (run.folder / "videos").mkdir(exist_ok=True)
-    stage = _stage(config.env)
+    stage = _stage(config)
     stage.seed(seeding.derive(config.seed, "videos") >> 32)
     masked = is_masking_supported(stage)
     obs: Any = stage.reset()

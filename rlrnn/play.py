@@ -169,7 +169,8 @@ gymnasium's: `rlrnn/PendulumHiddenVelocity-v0`,
 `rlrnn/LunarLanderHiddenVelocity-v0` (which needs `gymnasium[box2d]`); and
 `rlrnn/Tuning-v0`, in which an episode is a training run.
 `rlrnn.envs.wrappers` makes memory tasks of others: it hides coordinates, adds noise,
-drops or delays observations, and shows the previous action and reward.
+drops or delays observations, and shows the previous action and reward; the last also in
+tensors (`rlrnn.envs.tensor_wrappers`, and `rlrnn train --previous true`).
 """
 
 

@@ -23,6 +23,7 @@ from rlrnn.agents.rollout import minibatches
 from rlrnn.agents.vector import TensorVecEnv, source_of
 from rlrnn.control import Knobs
 from rlrnn.envs.recall import RepeatPrevious
+from rlrnn.envs.tensor_wrappers import TensorPreviousActionReward
 from rlrnn.graphs import Graphs, Recording, graphs_for
 from rlrnn.ledger import TrainingConfig
 from rlrnn.models import ModelConfig
@@ -533,6 +534,38 @@ def test_a_step_of_its_own_is_not_captured(recording: list[str]) -> None:
     model.learn(64)
     assert checked(model._graphs) == {"minibatch"}
     assert model.rollout_buffer.returns.mean() > 0
+
+
+def test_wrapped_steps_are_captured(
+    recording: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrapper with `stepped`; not around a step of its own."""
+
+    def env(inner: Any = None) -> Any:
+        vector: Any = inner or gymnasium.make_vec(CARTPOLE, num_envs=4)
+        wrapped = TensorPreviousActionReward(vector)
+        TensorVecEnv(wrapped).set_attr("max_episode_steps", 7)
+        assert vector.max_episode_steps == 7
+        return wrapped
+
+    ours = agent(env=env())
+    monkeypatch.setenv(graphs.SWITCH, "0")
+    theirs = agent(env=env())
+    assert same(learned(ours), learned(theirs))
+    assert checked(ours._graphs) == {"step", "minibatch"}
+    assert theirs.rollout_buffer.starts.any()
+
+    class Other(RepeatPrevious):
+        def step(self, actions: Tensor) -> Any:
+            return super().step(actions)
+
+    monkeypatch.setenv(graphs.SWITCH, "record")
+    model = agent(env=env(Other(4)))
+    model.learn(64)
+    assert checked(model._graphs) == {"minibatch"}
+    masked = agent(env=env(Masked(4)))
+    masked.learn(64)
+    assert masked.rollout_buffer.masks is not None
 
 
 def test_a_resumed_agent_goes_on_to_the_same_bits(

@@ -1,5 +1,6 @@
 """Videos of evaluation episodes: files in the run folder, and a mirror in W&B."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,13 @@ def config(env: str, folder: Path) -> TrainConfig:
     )
 
 
-def test_videos_of_evaluation_episodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("previous", [False, True])
+def test_videos_of_evaluation_episodes(previous: bool, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
     gymnasium.register("Filmed-v0", lambda **kwargs: Filmed(**kwargs))
     try:
-        summary = train(config("Filmed-v0", tmp_path / "run"), progress=False)
+        given = replace(config("Filmed-v0", tmp_path / "run"), previous=previous)
+        summary = train(given, progress=False)
     finally:
         del gymnasium.registry["Filmed-v0"]
     assert summary["return_mean"] == 5  # masks are kept in the evaluation, too
