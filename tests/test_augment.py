@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlrnn.data.audio import log_mel, mel_edges
-from rlrnn.data.augment import Augmented, Changes, masked, warped
+from rlrnn.data.audio import log_mel, mel_edges, with_deltas
+from rlrnn.data.augment import (
+    COLOUR,
+    DECIBELS,
+    Augmented,
+    Changes,
+    colours,
+    masked,
+    noisy,
+    sloped,
+    warped,
+)
 from rlrnn.data.chunks import Batches
 from rlrnn.data.speech import SpeechOptions
 
@@ -105,8 +115,38 @@ def test_warped_features_are_those_of_a_warped_sound() -> None:
     ].abs().mean()
 
 
+def test_noise_adds_its_power_and_nothing_is_below_the_floor() -> None:
+    changes = replace(NONE, noise=10.0, range=30.0)
+    silence = torch.full((5, 4000, BANDS), -20.0)
+    heard = noisy(silence, changes, torch.Generator().manual_seed(0)) * DECIBELS
+    assert torch.equal(heard[0], heard[-1])  # the same at all times
+    assert heard.min() == pytest.approx(-30, abs=1e-4)
+    level = heard[0].mean(1)  # from 30 to 10 dB below the loudest
+    assert level.mean() == pytest.approx(-20, abs=0.7)
+    assert level.min() >= -30.001 and level.max() < -9.99
+    loud = noisy(torch.zeros_like(silence), changes, torch.Generator().manual_seed(0))
+    power = (heard / DECIBELS).exp()
+    known = heard > -29.9  # of what is at the floor, the power is not known
+    torch.testing.assert_close(loud.exp()[known], 1 + power[known])
+
+
+def test_colours_are_smooth_with_a_mean_of_zero() -> None:
+    drawn = colours(4000, BANDS, torch.Generator().manual_seed(0)) * DECIBELS
+    torch.testing.assert_close(drawn.mean(1), torch.zeros(4000), atol=1e-4, rtol=0)
+    assert drawn.square().mean().sqrt() == pytest.approx(COLOUR, rel=0.03)
+    steps = drawn.diff(dim=1).square().mean().sqrt()
+    assert steps < 0.5 * COLOUR  # of white noise: 1.4
+
+
+def test_slopes_are_those_of_each_recording() -> None:
+    x = torch.randn(50, len(LENGTHS), BANDS, generator=torch.Generator().manual_seed(0))
+    y = sloped(x, LENGTHS)
+    for b, length in enumerate(LENGTHS.tolist()):
+        torch.testing.assert_close(y[:length, b], with_deltas(x[:length, b]))
+
+
 def test_a_place_in_the_data_is_heard_the_same_and_each_pass_otherwise() -> None:
-    changes = Changes(2, 4, 2, 10, 0.2)
+    changes = Changes(2, 4, 2, 10, 0.2, 10.0, 30.0)
     one, again, other = source(changes), source(changes), source(changes, seed=1)
     t, seen = 0, []
     for _ in range(6):
@@ -137,6 +177,14 @@ def test_without_changes_nothing_is_changed() -> None:
         ({"band_masks": -1}, "data.speech.band_masks is -1, expected at least 0"),
         ({"band_width": 41}, "data.speech.band_width is 41, expected at most"),
         ({"warp": 0.7}, "data.speech.warp is 0.7, expected 0 to 0.5"),
+        (
+            {"noise": 10.0},
+            "data.speech.noise is 10.0, expected 0 to data.speech.top_db",
+        ),
+        (
+            {"noise": 10.0, "top_db": 30.0, "center": True},
+            "data.speech.noise is 10.0 and data.speech.center is true",
+        ),
     ],
 )
 def test_a_wrong_setting_is_one_line(setting: dict[str, Any], says: str) -> None:

@@ -5,6 +5,7 @@ Shapes: T frames, B recordings, M mel bands, D = M or, with slopes beside them, 
 """
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from rlrnn import seeding
 from rlrnn.data.chunks import Batches, Chunk
+
+DECIBELS = 10 / math.log(10)  # of a factor e in power
+COLOUR = 4.0  # dB
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Changes:
     `band_width` neighbouring bands are silent, `time_masks` times up to `time_width`
     frames, and at most a fifth of them. Vocal tract length perturbation (Jaitly &
     Hinton 2013): frequencies are multiplied by a factor from 1 - `warp` to 1 + `warp`.
+    Noise has a level from `range` to `noise` dB below the loudest, where features are
+    0; none of them is below -`range` dB.
     """
 
     band_masks: int
@@ -30,9 +36,12 @@ class Changes:
     time_masks: int
     time_width: int
     warp: float | int
+    noise: float | None = None
+    range: float | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.band_masks or self.time_masks or self.warp)
+        masks = self.band_masks or self.time_masks
+        return bool(masks or self.warp or self.noise is not None)
 
 
 class Augmented:
@@ -86,6 +95,13 @@ class Augmented:
             factor = 1 + self.changes.warp * (2 * factor - 1)
             x = warped(x * self.scale + self.mean, factor, self.centers)
             x = (x - self.mean) / self.scale
+        if self.changes.noise is not None:
+            bands = len(self.centers)
+            x = (x * self.scale + self.mean)[..., :bands]
+            x = noisy(x, self.changes, generator)
+            if len(self.mean) > bands:
+                x = sloped(x, lengths)
+            x = (x - self.mean) / self.scale
         x = masked(x, lengths, len(self.centers), self.changes, generator)
         return replace(chunk, x=x)
 
@@ -107,6 +123,42 @@ def warped(
         for at in (above - 1, above)
     )
     return left.lerp(right, share.view(1, -1, 1, bands).expand(shape)).view(x.shape)
+
+
+def noisy(
+    x: Float[Tensor, "T B M"], changes: Changes, generator: torch.Generator
+) -> Float[Tensor, "T B M"]:
+    """Log-mel features with the power of a noise added, the same at all times."""
+    assert changes.noise is not None and changes.range is not None
+    batch, bands = x.shape[1:]
+    lowest, highest = -changes.range / DECIBELS, -changes.noise / DECIBELS
+    level = torch.rand(batch, 1, generator=generator, device=x.device)
+    level = lowest + level * (highest - lowest)
+    noise = level + colours(batch, bands, generator)
+    return torch.logaddexp(x, noise).clamp_min(lowest)
+
+
+def colours(batch: int, bands: int, generator: torch.Generator) -> Float[Tensor, "B M"]:
+    """Smooth spectra in log power: sums of the first four cosines over the bands, whose
+    mean is zero, with a deviation of COLOUR dB."""
+    place = (torch.arange(bands, device=generator.device) + 0.5) / bands
+    number = torch.arange(1, 5, device=generator.device).unsqueeze(1)
+    draw = torch.randn(batch, 4, generator=generator, device=generator.device)
+    return draw @ torch.cos(torch.pi * number * place) * (COLOUR / DECIBELS / 2**0.5)
+
+
+def sloped(
+    x: Float[Tensor, "T B M"], lengths: Int[Tensor, " B"]
+) -> Float[Tensor, "T B 2*M"]:
+    """`audio.with_deltas` of each recording of a batch."""
+    step = torch.arange(len(x), device=x.device).unsqueeze(1)
+
+    def at(offset: int) -> Tensor:
+        place = torch.minimum((step + offset).clamp_min(0), lengths - 1)
+        return x.gather(0, place.unsqueeze(2).expand_as(x))
+
+    slopes = (at(1) - at(-1) + 2 * (at(2) - at(-2))) / 10
+    return torch.cat((x, slopes), 2)
 
 
 def masked(

@@ -72,6 +72,8 @@ class SpeechOptions:
         time_width: of such a stretch, at most, and a fifth of the recording; in frames.
         warp: a training recording's frequencies are multiplied by a factor from 1 -
             this to 1 + this, another each time (vocal tract length perturbation).
+        noise: a training recording has background noise of another level and spectrum
+            each time, from top_db to this many dB below its loudest; null for none.
     """
 
     task: Task = "classification"
@@ -94,6 +96,7 @@ class SpeechOptions:
     time_masks: int = 0
     time_width: int = 10
     warp: float = 0.0
+    noise: float | None = None
 
     def __post_init__(self) -> None:
         one_of("data.speech.task", self.task, Task)
@@ -109,6 +112,16 @@ class SpeechOptions:
             )
         if not 0 <= self.warp <= 0.5:
             raise ValueError(f"data.speech.warp is {self.warp}, expected 0 to 0.5")
+        if self.noise is not None and not 0 <= self.noise <= (self.top_db or -1):
+            raise ValueError(
+                f"data.speech.noise is {self.noise}, expected 0 to data.speech.top_db, "
+                f"which is {self.top_db}"
+            )
+        if self.noise is not None and self.center:
+            raise ValueError(
+                f"data.speech.noise is {self.noise} and data.speech.center is true: "
+                "expected one of them; a centered recording has no loudness"
+            )
         for name in ("window", "hop"):
             at_least(f"data.speech.{name}", getattr(self, name), 1)
         if self.top_db is not None:
@@ -132,7 +145,7 @@ class SpeechOptions:
     def changes(self) -> Changes:
         """What is drawn for a training recording each time it comes."""
         masks = self.band_masks, self.band_width, self.time_masks, self.time_width
-        return Changes(*masks, self.warp)
+        return Changes(*masks, self.warp, self.noise, self.top_db)
 
 
 @dataclass(frozen=True)
