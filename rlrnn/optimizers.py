@@ -9,7 +9,7 @@ authors' packages: `pip install 'rlrnn[rivals]'`.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from functools import cache, wraps
+from functools import wraps
 from io import StringIO
 from typing import Any, Literal, get_args
 
@@ -24,10 +24,9 @@ def rate_power(name: Optimizer) -> float:
     return 1.0 if name in ("sgd", "momentum") else 0.5
 
 
-@cache
 def light(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """An optimiser of torch that does without torch's compiler: a subclass with the
-    same steps. Others as they are.
+    """A class of torch's optimisers without torch's compiler: a subclass with the same
+    steps. Others as they are.
 
     Its making and its first step import the compiler, to keep out of what that
     compiles: two seconds and 150 MiB. Nothing here compiles an optimiser.

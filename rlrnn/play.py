@@ -190,7 +190,8 @@ def gallery() -> str:
     parts = [HEAD, *_overview(), ""]
     hidden = [id for id, spec in gymnasium.registry.items() if _hides(spec)]
     sections: list[tuple[type[Any], list[str]]] = [*families().items()]
-    for kind, ids in [*sections, (HideCoordinates, hidden)]:
+    sections.append((HideCoordinates, hidden))
+    for kind, ids in sections:
         doc = inspect.cleandoc(kind.__doc__ or "")
         first, _, rest = doc.partition("\n")
         parts += [

@@ -226,7 +226,7 @@ def test_a_light_optimiser_is_torchs_own(
         optimizer = make([weight], **options)
         for _ in range(3):
             optimizer.zero_grad()
-            (weight - 2).square().sum().backward()
+            (weight - 2).square().sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         other = again([weight], **options)  # which goes on from the first one's state
         other.load_state_dict(optimizer.state_dict())
@@ -241,7 +241,6 @@ def test_a_light_optimiser_is_torchs_own(
     assert torch.equal(a, b) and torch.equal(a, c)
     assert state["param_groups"] == other["param_groups"] == third["param_groups"]
     assert isinstance(light(kind)([nn.Parameter(a)], lr=1.0), kind)
-    assert light(kind) is light(kind)
 
 
 def test_a_light_optimiser_of_others_is_their_own() -> None:
