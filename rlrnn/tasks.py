@@ -79,6 +79,8 @@ class DataConfig:
         memory: how many steps back a synthetic sequence reaches; of adding and waves,
             its steps.
         string: symbols that copy has to recall.
+        shortest: the shortest memory that copy is trained on: delays are drawn between
+            it and memory, short ones more often; without it, all are memory.
         labelled: how files of labelled sequences are read.
         speech: how recordings are read.
         music: how piano rolls are read.
@@ -99,6 +101,7 @@ class DataConfig:
     symbols: int = 16
     memory: int = 8
     string: int = 4
+    shortest: int | None = None
     labelled: LabelledOptions = field(default_factory=LabelledOptions)
     speech: SpeechOptions = field(default_factory=SpeechOptions)
     music: MusicOptions = field(default_factory=MusicOptions)
@@ -113,6 +116,11 @@ class DataConfig:
         at_least("data.symbols", self.symbols, 2)
         at_least("data.memory", self.memory, 2 if self.kind == "adding" else 1)
         at_least("data.string", self.string, 1)
+        if self.shortest is not None and not 1 <= self.shortest <= self.memory:
+            raise ValueError(
+                f"data.shortest is {self.shortest}, expected 1 to data.memory "
+                f"({self.memory})"
+            )
         if self.half not in (0, 1):
             raise ValueError(f"data.half is {self.half}, expected 0 or 1")
         *needed, test = [float(share) for share in self.split] or [0.0]
@@ -180,7 +188,7 @@ def build_problem(task: Task, device: torch.device | None = None) -> Problem:
         case "copy":
             rng = np.random.default_rng(data_seed)
             string = data.symbols, data.memory, data.string
-            return copy_problem(rng, size, batch, *string)
+            return copy_problem(rng, size, batch, *string, data.shortest)
         case "adding":
             return adding_problem(data_seed, size, batch, data.memory)
     common = data.paths, data.split, data.batch, task.seed

@@ -1,5 +1,7 @@
 """Streams and their windows, splits, and synthetic tasks."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -341,6 +343,34 @@ def test_copy_of_ten_symbols_is_that_of_the_literature() -> None:
     assert set(x[:, :10].flatten().tolist()) == set(range(2, 10))
 
 
+def test_copy_with_mixed_delays_trains_on_shorter_ones_and_tests_on_the_longest() -> (
+    None
+):
+    problem = copy_problem(np.random.default_rng(0), 60_000, 2, 8, 40, 3, shortest=2)
+    train, test = problem.train, problem.test
+    assert isinstance(train, Streams) and isinstance(test, Streams)
+    assert train.starts is not None and train.mask is not None
+    assert 0.84 * 60_000 < train.length * 2 <= 0.85 * 60_000
+    assert test.starts is not None
+    assert set(test.starts[:, 0].nonzero().flatten().diff().tolist()) == {47}
+
+    begins = train.starts[:, 0].nonzero().flatten().tolist() + [train.length]
+    delays = []
+    for begin, end in itertools.pairwise(begins):
+        x, y, mask = (a[begin:end, 0] for a in (train.x, train.y, train.mask))
+        delays.append(len(x) - 7)
+        assert x[:3].min() >= 2 and torch.equal(x[:3], y[-3:])
+        assert not x[3:-4].any() and x[-4] == 1 and not x[-3:].any()
+        assert mask.nonzero().flatten().tolist() == [*range(end - begin - 3, len(x))]
+    assert min(delays) == 2 and max(delays) == 40
+    # log-uniform: half of them are under the geometric mean of 2 and 41
+    share = np.mean(np.array(delays) < np.sqrt(2 * 41))
+    assert share == pytest.approx(0.5, abs=0.05)
+
+    short = copy_problem(np.random.default_rng(0), 10, 2, 8, 40, 3, shortest=2).train
+    assert short.length > 0  # one sequence, however little was asked for
+
+
 def test_adding_asks_for_the_sum_of_two_marked_numbers_that_never_come_again() -> None:
     problem = adding_problem(0, 40_000, 4, 50)
     assert problem.inputs == Features(2) and problem.objective == Numbers(1)
@@ -432,6 +462,10 @@ def test_drawn_tasks_stay_inside_the_distribution() -> None:
         ),
         (lambda: DataConfig(batch=0), "data.batch is 0"),
         (lambda: DataConfig(half=2), "data.half is 2"),
+        (
+            lambda: DataConfig(kind="copy", memory=5, shortest=6),
+            r"data.shortest is 6, expected 1 to data.memory \(5\)",
+        ),
         (lambda: ModelConfig(hidden_size=0), "model.hidden_size is 0"),
         (
             lambda: one_of("model.cell", "mamba", Cell),

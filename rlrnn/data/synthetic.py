@@ -150,6 +150,7 @@ def copy_problem(
     symbols: int,
     memory: int,
     string: int = 4,
+    shortest: int | None = None,
 ) -> Problem:
     """Recall a string after a delay (Hochreiter & Schmidhuber 1997; Arjovsky 2016).
 
@@ -157,28 +158,43 @@ def copy_problem(
     the loss is due on the symbols in their order. 0 is the blank, 1 the cue. With 8
     symbols and a string of 10 it is that of Bai et al. 2018, whose loss is a mean over
     all steps: ours times string / (2 string + memory + 1).
-    """
-    length = string + memory + 1 + string
 
-    def streams(tokens: int, batch: int) -> Streams:
-        count = max(1, tokens // (length * batch))
-        words = rng.integers(2, symbols + 2, size=(count, string, batch))
-        x = np.zeros((count, length, batch), np.int64)
-        x[:, :string] = words
-        x[:, string + memory] = 1
+    With `shortest`, the training part mixes delays, log-uniform from it to `memory`, as
+    in the mixed curriculum of Zaremba & Sutskever ("Learning to Execute", 2014); the
+    other parts have `memory` blanks in any case.
+    """
+
+    def streams(tokens: int, batch: int, shortest: int = memory) -> Streams:
+        room = tokens // batch
+        most = max(1, room // (2 * string + shortest + 1))
+        if shortest == memory:
+            blanks = np.full(most, memory)
+        else:
+            low, high = np.log((shortest, memory + 1))
+            blanks = np.exp(rng.uniform(low, high, most)).astype(np.int64)
+        lengths = 2 * string + blanks.clip(shortest, memory) + 1
+        ends = lengths.cumsum()
+        kept = max(1, int((ends <= room).sum()))
+        lengths, ends = lengths[:kept], ends[:kept]
+        words = rng.integers(2, symbols + 2, size=(len(ends), string, batch))
+        x = np.zeros((ends[-1], batch), np.int64)
         y = np.zeros_like(x)
-        y[:, -string:] = words
         due = np.zeros(x.shape, bool)
-        due[:, -string:] = True
         starts = np.zeros(x.shape, bool)
-        starts[:, 0] = True
-        lines = (a.reshape(-1, batch) for a in (x, y, starts, due))
-        return Streams(*map(torch.from_numpy, lines))
+        begins = ends - lengths
+        steps = np.arange(string)
+        x[begins[:, None] + steps] = words
+        x[ends - string - 1] = 1
+        recall = ends[:, None] - string + steps
+        y[recall] = words
+        due[recall] = True
+        starts[begins] = True
+        return Streams(*map(torch.from_numpy, (x, y, starts, due)))
 
     return Problem(
         inputs=Symbols(symbols + 2),
         objective=Classes(symbols + 2),
-        train=streams(int(0.85 * size), batch),
+        train=streams(int(0.85 * size), batch, shortest or memory),
         probe=streams(size // 20, PROBE_STREAMS),
         valid=streams(size // 20, PROBE_STREAMS),
         test=streams(size // 20, PROBE_STREAMS),
