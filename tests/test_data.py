@@ -464,7 +464,7 @@ def test_drawn_tasks_stay_inside_the_distribution() -> None:
         (lambda: DataConfig(half=2), "data.half is 2"),
         (
             lambda: DataConfig(kind="copy", memory=5, shortest=6),
-            r"data.shortest is 6, expected 1 to data.memory \(5\)",
+            "data.shortest is 6, expected 1 to data.memory (5)",
         ),
         (lambda: ModelConfig(hidden_size=0), "model.hidden_size is 0"),
         (
