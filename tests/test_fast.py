@@ -25,7 +25,7 @@ def trainer(
     task = Task(
         DataConfig(kind, batch=3, size=4000, symbols=6, memory=5),
         model or ModelConfig("lstm", 8, 1, 4),
-        TrainingConfig(**{"budget": 12_000.0, "decisions": 6, **training}),
+        TrainingConfig(**{"budget": 6_000.0, "decisions": 6, **training}),
     )
     built = build_trainer(task)
     made = Trainer(built.model.double(), built.problem, built.config)
@@ -131,7 +131,7 @@ def test_a_resumed_training_goes_on_to_the_same_bits() -> None:
 )
 def test_options_that_it_has_not_take_the_other_way(options: dict[str, Any]) -> None:
     data = DataConfig("markov", batch=3, size=4000)
-    training = TrainingConfig(**{"budget": 12_000.0, "decisions": 6, **options})
+    training = TrainingConfig(**{"budget": 6_000.0, "decisions": 6, **options})
     assert build_trainer(Task(data, training=training)).fast is None
 
 

@@ -110,7 +110,7 @@ def check(ours: list[Tensor], reference: list[Tensor]) -> None:
 @cells
 @pytest.mark.parametrize(
     ("size", "columns", "steps", "layers"),
-    [(5, 1, 7, 2), (24, 3, 1, 1), (24, 17, 5, 1), (40, 33, 3, 1)],
+    [(5, 1, 4, 2), (24, 3, 1, 1), (24, 17, 3, 1), (40, 33, 2, 1)],
 )
 def test_equals_the_reference(
     device: torch.device,
@@ -166,7 +166,7 @@ def test_networks_side_by_side(
 ) -> None:
     force(monkeypatch, way)
     (one, x, state, starts), (two, x_2, state_2, _) = (
-        case(device, cell, 20, 5, 4, layers=2, seed=seed) for seed in (0, 1)
+        case(device, cell, 20, 5, 2, layers=2, seed=seed) for seed in (0, 1)
     )
     heads = [nn.Sequential(nn.Linear(20, 2)).to(device) for _ in range(2)]
     pairs = together([one, two], heads, [x, x_2], [state, state_2], starts)
@@ -201,9 +201,9 @@ def test_stacked_models(
         models = [SequenceModel(Symbols(5), 5, config).to(device) for _ in range(3)]
     stack = Stack(models, Classes(5), ["adam"] * 3, [0.0] * 3)
     g = torch.Generator().manual_seed(0)
-    x, y = torch.randint(5, (2, 3, 6, 4), generator=g).to(device)
-    starts = (torch.rand(3, 6, 4, generator=g) < 0.3).to(device)
-    windows = Windows(x, y, starts, None, torch.full((3,), 24.0, device=device))
+    x, y = torch.randint(5, (2, 3, 3, 4), generator=g).to(device)
+    starts = (torch.rand(3, 3, 4, generator=g) < 0.3).to(device)
+    windows = Windows(x, y, starts, None, torch.full((3,), 12.0, device=device))
     state = torch.randn(stack.initial_state(4).shape, generator=g).to(device)
     rates = torch.full((3,), 1e-2, device=device), torch.ones(3, device=device)
     results = []
@@ -273,7 +273,7 @@ if not INTERPRETED:
     @cells
     @pytest.mark.parametrize(
         ("size", "columns", "capability"),
-        [(24, 16, 90), (100, 8192, 90), (70, 8192, 100)],
+        [(24, 16, 90), (100, 8192, 100)],
     )
     def test_compiles_for_a_device(
         cell: Cell,

@@ -22,7 +22,7 @@ def trainers(**options: Any) -> list[Trainer]:
     """Kinds of data, cells, layers, optimisers and budgets, mixed."""
     made = []
     for i in range(RUNS):
-        budget = 26_000.0 if i % 3 == 0 else 20_000.0
+        budget = 11_000.0 if i % 3 == 0 else 8_000.0
         training = TrainingConfig(
             budget,
             optimizer=("adam", "sgd", "momentum", "adamw")[i % 4],
@@ -162,7 +162,7 @@ def one_by_itself() -> Trainer:
     task = Task(
         DataConfig("markov", batch=4, size=10_000, symbols=6, memory=4),
         ModelConfig("mingru", 12),
-        TrainingConfig(20_000.0, decisions=DECISIONS),
+        TrainingConfig(8_000.0, decisions=DECISIONS),
     )
     problem = build_problem(task)
     return Trainer(build_model(problem, task.model, 0).double(), problem, task.training)

@@ -373,8 +373,7 @@ def played(t: Trainer, truncation: int, range_test: bool = False) -> list[Signal
 
 
 @pytest.mark.parametrize("range_test", [False, True])
-@pytest.mark.parametrize("decisions", [12, 25])
-@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize(("batch", "decisions"), [(2, 25), (8, 12)])
 @pytest.mark.parametrize("truncation", [4, 11, 1024])
 def test_all_that_is_done_is_charged_and_the_budget_is_met(
     truncation: int,
