@@ -179,7 +179,9 @@ class Codec:
 
     With the exponent p a move of K leaves the noise of the updates as it was. Where a
     window is whole sequences, shorter K are no more updates: none is cut, and the rate
-    has nothing to do with K.
+    has nothing to do with K. Moves of the rate add up to a factor of `reach` at most,
+    up or down, around what a range test suggests: a loss that stands still because it
+    is noise is no reason for more (docs/controller.md).
 
     Under an `ablation` features are zero, and moves no-op, that are not the player's.
     """
@@ -187,6 +189,7 @@ class Codec:
     truncation: int = 16
     warmup: float = 0.05
     ablation: Ablation = "none"
+    reach: float = 4.0
 
     @property
     def range_test(self) -> bool:
@@ -272,6 +275,9 @@ class Codec:
         low, high = TRUNCATION_BOUNDS
         actions = self._allowed(actions, signals)
         log_lambda = state["log_lambda"] + np.log(LR_FACTORS[actions[:, 0]])
+        suggested = self.range_test & ~np.isnan(signals.range_lr)
+        most = np.where(suggested, math.log(self.reach), np.inf)
+        log_lambda = log_lambda.clip(-most, most)
         log2_k = state["log2_k"] + np.log2(TRUNCATION_FACTORS[actions[:, 1]])
         log2_k = log2_k.clip(math.log2(low), math.log2(high))
         longest = np.maximum(signals.truncation_max, low)

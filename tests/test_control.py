@@ -389,7 +389,9 @@ def test_the_truncation_stays_inside_what_there_is_room_for() -> None:
 def test_the_rate_stays_inside_its_bounds_and_comes_back_at_once(
     adaptive: float,
 ) -> None:
-    told = signals(progress=0.05, next_progress=0.05, adaptive=adaptive)
+    told = signals(
+        progress=0.05, next_progress=0.05, adaptive=adaptive, range_lr=math.nan
+    )
     for there, back, bound in ((6, 0, LR_BOUNDS[1]), (0, 6, LR_BOUNDS[0])):
         state = Codec().init(1)
         for _ in range(30):
@@ -397,6 +399,26 @@ def test_the_rate_stays_inside_its_bounds_and_comes_back_at_once(
         assert knobs.lr == pytest.approx(bound)
         knobs, state = act((back, 1), told, state)
         assert knobs.lr == pytest.approx(bound * LR_FACTORS[back])
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e3])
+def test_the_rate_stays_near_what_a_range_test_suggests(factor: float) -> None:
+    """However often it is moved; and it comes back at once."""
+    told = signals(progress=0.05, next_progress=0.05, range_lr=1e-6 * factor)
+    suggested = float(act(NO_OP, told, Codec().init(1))[0].lr[0])
+    for there, back, bound in ((6, 2, 4), (5, 0, 4), (0, 4, 1 / 4), (2, 6, 1 / 4)):
+        state = Codec().init(1)
+        for _ in range(10):
+            knobs, state = act((there, 1), told, state)
+        assert knobs.lr == pytest.approx(bound * suggested)
+        knobs, state = act((back, 1), told, state)
+        assert knobs.lr == pytest.approx(bound * suggested * LR_FACTORS[back])
+    # an agent without the test has nothing to stay near
+    alone = Codec(ablation="no_prior")
+    state = alone.init(1)
+    for _ in range(10):
+        knobs, state = alone.act(np.array([[5, 1]]), told, state)
+    assert knobs.lr > 4 * alone.act(np.array([NO_OP]), told, alone.init(1))[0].lr
 
 
 # --- codec: ablations ----------------------------------------------------------------
