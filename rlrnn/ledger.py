@@ -17,7 +17,7 @@ from rlrnn.checks import at_least, one_of, share
 from rlrnn.control import TRUNCATION_BOUNDS, Array, Knobs, Signals
 from rlrnn.data.chunks import Chunk, Problem
 from rlrnn.optimizers import Optimizer, rate_power
-from rlrnn.rangetest import suggest_lambda
+from rlrnn.rangetest import SGD_FACTOR, suggest_lambda
 
 Select = Literal["last", "valid"]
 Frozen = Literal["none", "encoder", "core"]
@@ -294,6 +294,8 @@ class Ledger:
         self.usual_noise = 0.05 * abs(probe)
         if sweep is not None:
             self.range_lr = suggest_lambda(*sweep, self.config.power)
+            if self.config.optimizer == "sgd":
+                self.range_lr *= SGD_FACTOR
         self.origin = self.spent
         return self._signals(truncation=TRUNCATION_BOUNDS[0])
 

@@ -7,7 +7,9 @@ import numpy as np
 
 from rlrnn.control import Array
 
-RANGE_SHARE = 0.8  # of the sweep's fall; measured: see docs/controller.md
+# Measured: see docs/controller.md.
+RANGE_SHARE = 0.8  # of the sweep's fall
+SGD_FACTOR = 16.0  # plain SGD stands more than a sweep finds; momentum does not
 
 
 def suggest_lambda(rates: Array, losses: Array, truncation: int, power: float) -> float:

@@ -23,7 +23,7 @@ from rlrnn.ledger import FORWARD_COST, GIVE_UP, TrainingConfig
 from rlrnn.models import ModelConfig, SequenceModel
 from rlrnn.objectives import Classes
 from rlrnn.optimizers import Optimizer
-from rlrnn.rangetest import RANGE_SHARE, suggest_lambda
+from rlrnn.rangetest import RANGE_SHARE, SGD_FACTOR, suggest_lambda
 from rlrnn.recurrent import Cell, Recurrent
 from rlrnn.tasks import DataConfig, Kind, Task, build_trainer
 from rlrnn.training import Trainer, _Seen
@@ -853,6 +853,17 @@ def test_suggestion_is_where_most_of_the_fall_is_done(
         # to two steps of the sweep: it is smoothed over five
         assert found == pytest.approx(expected, rel=0.3)
         assert found < best / truncation**power
+
+
+def test_plain_sgd_gets_more_than_the_sweep_suggests() -> None:
+    rates, losses = sweep(1e-2)
+    found = {}
+    for optimizer in ("momentum", "sgd"):
+        t = trainer(optimizer=optimizer)
+        t.begin(2.0, (rates, losses, 4))
+        found[optimizer] = t.range_lr
+    assert found["momentum"] == suggest_lambda(rates, losses, 4, 1.0)
+    assert found["sgd"] == SGD_FACTOR * found["momentum"]
 
 
 def test_suggestion_does_not_see_what_comes_after_the_explosion() -> None:
