@@ -85,7 +85,7 @@ class LearnedController:
         probe: Callable[[], float | Tensor] | None = None,
     ) -> None:
         self.controller, self.optimizer, self.probe = controller, optimizer, probe
-        kind: Optimizer = "adam" if _adaptive(optimizer) else "sgd"
+        kind = _kind(optimizer)
         self.config = TrainingConfig(float(budget_tokens), kind, clip=CLIP)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.scales = [rate / max(rates) if max(rates) else 1.0 for rate in rates]
@@ -303,12 +303,13 @@ def _books(config: TrainingConfig, streams: int) -> Ledger:
     return Ledger(Problem(Symbols(1), Classes(1), train, none, none, none), config)
 
 
-def _adaptive(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is of Adam's kind, and not of SGD's."""
+def _kind(optimizer: torch.optim.Optimizer) -> Optimizer:
+    """The nearest one that a range test and a rate of K are known for."""
     if isinstance(optimizer, (torch.optim.SGD, torch.optim.ASGD)):
-        return False
+        groups = optimizer.param_groups
+        return "momentum" if any(g.get("momentum") for g in groups) else "sgd"
     if "betas" in optimizer.defaults or isinstance(optimizer, torch.optim.RMSprop):
-        return True
+        return "adam"
     raise ValueError(
         f"optimizer is {type(optimizer).__name__}, expected SGD, or one of Adam's kind "
         "(with betas)"

@@ -135,6 +135,15 @@ def test_no_op_is_range_test_warm_up_and_cosine() -> None:
     assert rates[-1] < 0.02 * rates[top]
 
 
+def test_momentum_is_not_plain_sgd() -> None:
+    """Whose range test has a factor."""
+    for momentum, kind in ((0.0, "sgd"), (0.9, "momentum")):
+        weights = [torch.ones(2, requires_grad=True)]
+        optimizer = torch.optim.SGD(weights, 0.1, momentum=momentum)
+        told = LearnedController(prior(), optimizer, 10_000)
+        assert told.config.optimizer == kind
+
+
 @pytest.mark.parametrize("kind", ["SGD", "AdamW", "RMSprop"])
 def test_optimizers(kind: str) -> None:
     loop = Loop(prior(), kind).run()
