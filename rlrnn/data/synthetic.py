@@ -164,15 +164,15 @@ def copy_problem(
     other parts have `memory` blanks in any case.
     """
 
-    def streams(tokens: int, batch: int, shortest: int = memory) -> Streams:
+    def streams(tokens: int, batch: int, least: int = memory) -> Streams:
         room = tokens // batch
-        most = max(1, room // (2 * string + shortest + 1))
-        if shortest == memory:
+        most = max(1, room // (2 * string + least + 1))
+        if least == memory:
             blanks = np.full(most, memory)
         else:
-            low, high = np.log((shortest, memory + 1))
+            low, high = np.log((least, memory + 1))
             blanks = np.exp(rng.uniform(low, high, most)).astype(np.int64)
-        lengths = 2 * string + blanks.clip(shortest, memory) + 1
+        lengths = 2 * string + blanks.clip(least, memory) + 1
         ends = lengths.cumsum()
         kept = max(1, int((ends <= room).sum()))
         lengths, ends = lengths[:kept], ends[:kept]
